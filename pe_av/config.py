@@ -1,0 +1,438 @@
+"""Every setting there is, one dataclass per module: type, unit, default, and why. YAML under `configs/` is merged into
+these, so a misspelt key or a wrong type fails before anything is built.
+
+The defaults of the model's parts are those of the published `large` model. Nothing here imports torch.
+"""
+
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+# (left, right) embeddings of each pairing: `logits_<pairing>` has the left ones in its rows (design, section 3)
+PAIRINGS: dict[str, tuple[str, str]] = {
+    "audio_text": ("audio", "text_audio"),
+    "video_text": ("video", "text_video"),
+    "audio_video": ("audio", "video"),
+    "audio_video_text": ("audio_video", "text_audio_video"),
+    "audio_plus_text_video": ("audio_plus_text", "video"),
+    "video_plus_text_audio": ("video_plus_text", "audio"),
+}
+
+ATTENTIONS = ("eager", "sdpa", "flex")
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")  # the names that published configs use
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names the key and the remedy."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the model
+
+
+@dataclass
+class RopeConfig:
+    """Rotary position embedding of a temporal transformer."""
+
+    rope_type: str = (
+        "default"  # default | linear (positions divided by `factor`) | dynamic (base grows past the maximum)
+    )
+    rope_theta: float = 20_000.0
+    factor: float = 1.0  # used by linear and dynamic
+
+
+@dataclass
+class TransformerConfig:
+    """The encoder over time that audio, video and fusion share (paper, section 3)."""
+
+    hidden_size: int = 1792
+    intermediate_size: int = 4800  # width of the gated MLP
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 14
+    num_key_value_heads: int | None = None  # None: as many as attention heads; fewer: grouped-query attention
+    head_dim: int = 128
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 10_000  # positions, the class token included; 400 s at 25 per second
+    initializer_range: float = 0.02  # standard deviation of the normal that weights start from
+    rms_norm_eps: float = 1e-5
+    rope_parameters: RopeConfig = field(default_factory=RopeConfig)
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num_attention_heads % self.key_value_heads == 0,
+            f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads={self.num_key_value_heads}: choose a divisor",
+        )
+        _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} is odd: rotary embedding turns pairs")
+        _require(0 <= self.attention_dropout < 1, f"attention_dropout={self.attention_dropout} is not in [0, 1)")
+        _one_of("hidden_act", self.hidden_act, ACTIVATIONS)
+        _one_of("rope_type", self.rope_parameters.rope_type, ("default", "linear", "dynamic"))
+        _require(self.rope_parameters.factor >= 1, f"rope factor={self.rope_parameters.factor} is below 1")
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+
+@dataclass
+class TextConfig:
+    """ModernBERT (arXiv 2412.13663), of which token 0 after layer `nth_text_layer` is the text feature."""
+
+    vocab_size: int = 50_368
+    hidden_size: int = 1024
+    intermediate_size: int = 2624
+    num_hidden_layers: int = 22
+    num_attention_heads: int = 16
+    hidden_act: str = "gelu"
+    max_position_embeddings: int = 8192
+    global_attn_every_n_layers: int = 3  # layers 0, 3, 6, … see everything
+    local_attention: int = 128  # the others see |i − j| <= local_attention / 2
+    global_rope_theta: float = 160_000.0
+    local_rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    attention_dropout: float = 0.0
+    pad_token_id: int = 50_283
+    nth_text_layer: int = 22  # 1 … num_hidden_layers; what comes after it is kept for exchange and frozen
+    max_tokens: int = 512  # the longest caption that the processor passes on
+
+    def __post_init__(self) -> None:
+        _require(
+            self.hidden_size % (2 * self.num_attention_heads) == 0,
+            f"text hidden_size={self.hidden_size} does not give {self.num_attention_heads} heads of even width",
+        )
+        _require(
+            1 <= self.nth_text_layer <= self.num_hidden_layers,
+            f"nth_text_layer={self.nth_text_layer} is not in 1 … num_hidden_layers={self.num_hidden_layers}",
+        )
+        _require(
+            self.max_tokens <= self.max_position_embeddings,
+            f"max_tokens={self.max_tokens} is beyond max_position_embeddings={self.max_position_embeddings}",
+        )
+        _require(0 <= self.pad_token_id < self.vocab_size, f"pad_token_id={self.pad_token_id} is not in the vocabulary")
+        _one_of("hidden_act", self.hidden_act, ACTIVATIONS)
+
+
+@dataclass
+class CodecConfig:
+    """DAC-VAE encoder (arXiv 2306.06546): waveform to latent frames."""
+
+    sampling_rate: int = 48_000  # Hz
+    encoder_hidden_size: int = 64  # doubles at every stage
+    downsampling_ratios: list[int] = field(default_factory=lambda: [2, 8, 10, 12])
+    codebook_dim: int = 128  # width of the latent mean, which is what the audio transformer reads
+    trainable: bool = False  # published checkpoints freeze it
+    tile_seconds: float | None = None  # encode in tiles of this length, smaller and on CPU faster; None: in one piece
+
+    @property
+    def hop_length(self) -> int:
+        """Samples per latent frame."""
+        hop = 1
+        for ratio in self.downsampling_ratios:
+            hop *= ratio
+        return hop
+
+
+@dataclass
+class VisionConfig:
+    """PE-Core vision transformer (arXiv 2504.13181); the defaults are PE-Core-L14-336."""
+
+    image_size: int = 336  # pixels, square
+    patch_size: int = 14
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    output_dim: int = 1024
+    use_class_token: bool = True
+    pool_heads: int = 8  # heads of the attention pooling
+    rope_theta: float = 10_000.0
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        _require(
+            self.image_size % self.patch_size == 0,
+            f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}",
+        )
+        _require(
+            self.hidden_size % (4 * self.num_attention_heads) == 0,
+            f"vision hidden_size={self.hidden_size} does not give {self.num_attention_heads} heads of a width "
+            "divisible by 4, which 2-D rotary embedding needs",
+        )
+        _require(
+            self.hidden_size % self.pool_heads == 0,
+            f"vision hidden_size={self.hidden_size} is not a multiple of pool_heads={self.pool_heads}",
+        )
+
+
+@dataclass
+class AudioConfig:
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+
+
+@dataclass
+class VideoConfig:
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    transformer: TransformerConfig = field(default_factory=lambda: TransformerConfig(num_hidden_layers=4))
+    num_frames: int | None = None  # frames spread evenly over the clip, as the 16-frame models want; None: every frame
+    frames_per_second: float | None = None  # instead of num_frames: sample at this rate
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num_frames is None or self.frames_per_second is None,
+            "num_frames and frames_per_second are both set: a model samples frames one way; set one to null",
+        )
+        _require(self.num_frames is None or self.num_frames >= 1, f"num_frames={self.num_frames} is not positive")
+        _require(
+            self.frames_per_second is None or self.frames_per_second > 0,
+            f"frames_per_second={self.frames_per_second} is not positive",
+        )
+
+
+@dataclass
+class ModelConfig:
+    """PE-AV: three towers, a fusion of two of them, eight heads, six scales and biases."""
+
+    text: TextConfig = field(default_factory=TextConfig)
+    audio: AudioConfig = field(default_factory=AudioConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    fusion: TransformerConfig = field(default_factory=lambda: TransformerConfig(num_hidden_layers=6))
+    output_dim: int = 1024  # width of the shared space
+    attention: str = "sdpa"  # eager (can return the weights) | sdpa | flex
+    logit_scale_init: float = 10.0  # s and b of every pairing at the start (arXiv 2303.15343, section 3.2)
+    logit_bias_init: float = -10.0
+
+    def __post_init__(self) -> None:
+        _one_of("attention", self.attention, ATTENTIONS)
+        if self.attention == "flex":
+            parts = {"text": self.text, "audio": self.audio.transformer, "video": self.video.transformer}
+            for name, part in (parts | {"fusion": self.fusion}).items():
+                _require(
+                    part.attention_dropout == 0,
+                    f"{name}: attention_dropout={part.attention_dropout} needs attention=sdpa or eager; flex has none",
+                )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data, loss, training, evaluation
+
+
+@dataclass
+class DemoConfig:
+    """The demo world: small scenes, rendered once to MP4 files (data/demo.py)."""
+
+    root: str = "data/demo"  # where the files go
+    seed: int = 0
+    train_clips: int = 1472
+    eval_clips: int = 256
+
+
+@dataclass
+class DataConfig:
+    """Clips with captions. A manifest is a JSONL file of {"path", "caption"} and optionally "id"."""
+
+    name: str = "manifest"
+    train: str | None = None  # manifest to train on
+    eval: str | None = None  # manifest to evaluate on
+    demo: DemoConfig | None = None  # render the demo world and use its two manifests
+    max_seconds: float = 30.0  # longer files are cut to their first part
+    in_memory: bool = False  # decode every file once and keep it: for small sets
+    num_workers: int = 2  # processes that decode while the model trains; 0: decode in the training process
+
+    def __post_init__(self) -> None:
+        _require(self.max_seconds > 0, f"data.max_seconds={self.max_seconds} is not positive")
+        _require(self.num_workers >= 0, f"data.num_workers={self.num_workers} is negative")
+
+
+@dataclass
+class LossConfig:
+    """Sigmoid contrastive loss: the weight of each pairing in the sum; 0 leaves it out."""
+
+    weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PAIRINGS, 1.0))
+
+    def __post_init__(self) -> None:
+        for name, weight in self.weights.items():
+            _one_of("loss.weights", name, PAIRINGS)
+            _require(weight >= 0, f"loss.weights.{name}={weight} is negative")
+        _require(any(self.weights.values()), "loss.weights: every pairing has weight 0, so nothing would be learned")
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with linear warm-up, then cosine decay to `final_lr_ratio`."""
+
+    lr: float = 1e-3
+    weight_decay: float = 0.05  # on matrices only: not on norms, biases, scales, embeddings of position
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    eps: float = 1e-8
+    warmup_steps: int = 100
+    final_lr_ratio: float = 0.0
+    clip_norm: float = 1.0  # largest global gradient norm
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"optim.lr={self.lr} is not positive")
+        _require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} is negative")
+        _require(self.clip_norm > 0, f"optim.clip_norm={self.clip_norm} is not positive")
+        _require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), f"optim.betas={self.betas} is not [b1, b2]"
+        )
+
+
+@dataclass
+class TrainConfig:
+    """`python train.py`: everything about a run; a copy is written into its folder."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: str | None = None  # native checkpoint to start from, which then decides `model`; None: random weights
+    seed: int = 0
+    steps: int = 1000
+    batch_size: int = 64
+    eval_batch_size: int = 64
+    eval_every: int = 250  # steps between evaluations, each of which also saves; the last step always does both
+    log_every: int = 10
+    device: str = "auto"  # auto: CUDA where there is one
+    precision: str = "auto"  # auto: bf16 on a GPU that has it, else fp32
+    gradient_checkpointing: bool = False  # recompute the blocks in the backward pass: less memory, a third more time
+    max_bad_fraction: float = 0.05  # stop when more of the items than this cannot be read
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "eval_batch_size", "eval_every", "log_every"):
+            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} is not positive")
+        _require(self.batch_size >= 2, f"batch_size={self.batch_size}: a contrastive loss needs at least 2")
+        _one_of("precision", self.precision, ("auto", "fp32", "bf16"))
+
+
+@dataclass
+class EvalConfig:
+    """`python eval.py`: zero-shot retrieval with a native checkpoint."""
+
+    checkpoint: str = "???"  # folder
+    data: DataConfig = field(default_factory=DataConfig)
+    batch_size: int = 64
+    device: str = "auto"
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, f"batch_size={self.batch_size} is not positive")
+        _one_of("precision", self.precision, ("auto", "fp32", "bf16"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# from YAML and the command line
+
+
+def config_dir() -> Path:
+    """Folder of the YAML files: beside the package in a checkout, inside it when installed from a wheel."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def from_dict(schema: type, values: dict[str, Any], source: str) -> Any:
+    """`values` checked against the dataclass `schema` and turned into it.
+
+    Args:
+        source: what to call the origin of the values in an error, e.g. the file's path.
+    Raises:
+        ConfigError: unknown key (the nearest right one is named), wrong type or impossible value.
+    """
+    _check_keys(schema, values, source, prefix="")
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{source}: {getattr(error, 'full_key', None) or 'config'}: {reason}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def read_yaml(schema: type, path: Path) -> Any:
+    """The YAML file at `path` as the dataclass `schema`."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds {type(values).__name__}, not a mapping of settings")
+    return from_dict(schema, values, source=str(path))
+
+
+def model_presets() -> list[str]:
+    return sorted(path.stem for path in (config_dir() / "model").glob("*.yaml"))
+
+
+def load_preset(name: str) -> ModelConfig:
+    """The model of `configs/model/<name>.yaml`, with what that file builds on."""
+    from hydra import compose, initialize_config_dir  # half a second that `import pe_av` need not wait for
+
+    _one_of("model", name, model_presets())
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        composed = compose(f"model/{name}")
+    return from_dict(ModelConfig, OmegaConf.to_container(composed.model), source=f"configs/model/{name}.yaml")
+
+
+def check_overrides(schema: type, arguments: Sequence[str]) -> None:
+    """Refuse a misspelt `key=value` on the command line, naming the nearest right key or group member.
+
+    Raises:
+        ConfigError: for the first argument that names no setting of `schema` and no file of a config group.
+    """
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or key.startswith("-") or key.split(".")[0] == "hydra":
+            continue
+        key = key.lstrip("+~")
+        group = config_dir() / key.split("@")[0]
+        if group.is_dir():
+            if "," not in value:  # a sweep is Hydra's to check
+                _one_of(key, value, sorted(path.stem for path in group.glob("*.yaml")))
+        else:
+            _check_keys(schema, _nested(key), source="command line", prefix="")
+
+
+def stop_on_error(error: Exception) -> None:
+    """End a command with one line instead of a traceback."""
+    sys.exit(f"error: {error}")
+
+
+def _nested(dotted: str) -> dict[str, Any]:
+    head, _, rest = dotted.partition(".")
+    return {head: _nested(rest) if rest else None}
+
+
+def _check_keys(schema: type, values: dict[str, Any], source: str, prefix: str) -> None:
+    types = get_type_hints(schema)
+    for key, value in values.items():
+        if key not in types:
+            raise ConfigError(f"{source}: unknown setting {prefix}{key}{_nearest(str(key), types)}")
+        inner = next((t for t in (types[key], *get_args(types[key])) if is_dataclass(t)), None)
+        if inner is not None and isinstance(value, dict):
+            _check_keys(inner, value, source, prefix=f"{prefix}{key}.")
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+
+
+def _one_of(name: str, value: str, known: Sequence[str]) -> None:
+    _require(value in known, f"{name}={value} is unknown{_nearest(str(value), known)}")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
