@@ -1,0 +1,31 @@
+"""From tower features to the shared space, and from pairs of embeddings to logits."""
+
+import torch
+from torch import Tensor, nn
+
+
+class ContrastiveHead(nn.Module):
+    """(B, in_dim) -> (B, out_dim): layer norm, then a linear map."""
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(in_dim, eps=1e-6)
+        self.proj = nn.Linear(in_dim, out_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.norm(x))
+
+
+class PairLogits(nn.Module):
+    """s · x y^T + b with learned s and b, in float32 whatever precision the embeddings come in."""
+
+    def __init__(self, scale: float, bias: float):
+        super().__init__()
+        self.initial = (scale, bias)
+        self.scale = nn.Parameter(torch.empty(1))
+        self.bias = nn.Parameter(torch.empty(1))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x (N, D), y (M, D) -> (N, M) float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.scale.float() * (x.float() @ y.float().T) + self.bias.float()

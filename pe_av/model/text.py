@@ -1,0 +1,129 @@
+"""ModernBERT (arXiv 2412.13663), of which PE-AV reads token 0 of an inner layer, before the final norm."""
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from .transformer import ACTIVATION, attend
+
+
+def rotate_halves(x: Tensor, angles: Tensor) -> Tensor:
+    """Turn (B, H, T, d) by `angles` (T, d/2), pairing dimension i with i + d/2, in float32."""
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
+
+
+class TextBlock(nn.Module):
+    """Pre-norm layer with GeGLU; the first of a model has no norm before its attention."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_heads: int,
+        activation: str,
+        eps: float,
+        dropout: float,
+        rope_theta: float,
+        is_global: bool,
+        first: bool,
+        attention: str,
+    ):
+        super().__init__()
+        self.num_heads, self.dropout, self.activation = num_heads, dropout, activation
+        self.rope_theta, self.is_global, self.implementation = rope_theta, is_global, attention
+        self.attention_norm = nn.Identity() if first else nn.LayerNorm(hidden_size, eps=eps, bias=False)
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.out = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.mlp_norm = nn.LayerNorm(hidden_size, eps=eps, bias=False)
+        self.gate_up = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        q, k, v = rearrange(
+            self.qkv(self.attention_norm(x)), "b t (three h d) -> three b h t d", three=3, h=self.num_heads
+        )
+        half = torch.arange(0, q.shape[-1], 2, device=x.device, dtype=torch.float32) / q.shape[-1]
+        angles = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)[:, None] / self.rope_theta**half
+        attended, weights = attend(
+            rotate_halves(q, angles),
+            rotate_halves(k, angles),
+            v,
+            mask,
+            self.implementation,
+            self.dropout if self.training else 0.0,
+        )
+        x = x + self.out(rearrange(attended, "b h t d -> b t (h d)"))
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
+        return x + self.down(ACTIVATION[self.activation](gate) * up), weights
+
+
+class ModernBERT(nn.Module):
+    """(B, T) token ids -> (B, T, D) after layer `nth_text_layer`. Arguments are those of `config.TextConfig`.
+
+    Layers past `nth_text_layer` and the final norm never run; they exist, frozen, so that a published checkpoint goes
+    in and out whole.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        intermediate_size: int,
+        num_hidden_layers: int,
+        num_attention_heads: int,
+        hidden_act: str,
+        global_attn_every_n_layers: int,
+        local_attention: int,
+        global_rope_theta: float,
+        local_rope_theta: float,
+        norm_eps: float,
+        attention_dropout: float,
+        nth_text_layer: int,
+        attention: str,
+    ):
+        super().__init__()
+        self.reach, self.nth = local_attention // 2, nth_text_layer
+        self.embedding = nn.Embedding(vocab_size, hidden_size)
+        self.embedding_norm = nn.LayerNorm(hidden_size, eps=norm_eps, bias=False)
+        self.layers = nn.ModuleList(
+            TextBlock(
+                hidden_size,
+                intermediate_size,
+                num_attention_heads,
+                hidden_act,
+                norm_eps,
+                attention_dropout,
+                rope_theta=local_rope_theta if i % global_attn_every_n_layers else global_rope_theta,
+                is_global=i % global_attn_every_n_layers == 0,
+                first=i == 0,
+                attention=attention,
+            )
+            for i in range(num_hidden_layers)
+        )
+        self.final_norm = nn.LayerNorm(hidden_size, eps=norm_eps, bias=False)
+        for unused in (*self.layers[nth_text_layer:], self.final_norm):
+            unused.requires_grad_(False)
+
+    def forward(self, input_ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, list[Tensor | None]]:
+        """
+        Args:
+            input_ids: (B, T) token ids.
+            mask: (B, T) bool, True where valid, valid tokens first; None: all valid.
+        Returns:
+            hidden states (B, T, D) and per layer the attention weights (B, H, T, T) of "eager", else None.
+        """
+        position = torch.arange(input_ids.shape[1], device=input_ids.device)
+        distance = (position[:, None] - position).abs()
+        everything = None if mask is None else mask[:, None, None]
+        window = (distance <= self.reach)[None, None]
+        if mask is not None:
+            # a padded query far from every valid key looks at itself, since a softmax over nothing is NaN
+            window = window & (everything | (distance == 0))
+        x = self.embedding_norm(self.embedding(input_ids))
+        weights = []
+        for layer in self.layers[: self.nth]:
+            x, layer_weights = layer(x, everything if layer.is_global else window)
+            weights.append(layer_weights)
+        return x, weights

@@ -1,0 +1,34 @@
+"""The video tower: every frame through the vision transformer, then a transformer over time."""
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .transformer import TemporalTransformer
+from .vit import VisionTransformer
+
+
+class VideoEncoder(nn.Module):
+    """(B, F, 3, S, S) -> pooled (B, D), sequence (B, F, D)."""
+
+    def __init__(self, vision: VisionTransformer, transformer: TemporalTransformer, vision_dim: int, hidden_size: int):
+        super().__init__()
+        self.vision = vision
+        self.proj = nn.Linear(vision_dim, hidden_size, bias=False)
+        self.data_proj = nn.Linear(hidden_size, hidden_size)
+        self.transformer = transformer
+
+    def forward(
+        self, pixel_values_videos: Tensor, padding_mask_videos: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """
+        Args:
+            pixel_values_videos: (B, F, 3, S, S) in [-1, 1].
+            padding_mask_videos: (B, F) bool, True where valid, valid frames first.
+        Returns:
+            pooled (B, D), sequence (B, F, D), attention weights per layer.
+        """
+        batch = pixel_values_videos.shape[0]
+        frames = self.vision(rearrange(pixel_values_videos, "b f c h w -> (b f) c h w"))
+        features = rearrange(F.normalize(frames, dim=-1), "(b f) d -> b f d", b=batch)
+        return self.transformer(self.data_proj(self.proj(features)), padding_mask_videos)
