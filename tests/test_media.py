@@ -1,0 +1,542 @@
+"""Files that are written here, with contents known to the sample and to the frame, must come back as they went in; with
+decord and without it."""
+
+import bisect
+import math
+import random
+import struct
+import subprocess
+import sys
+import wave
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from pe_av.data.media import CHUNK, MediaError, iter_frames, rate_indices, read_audio, read_frames, spread_indices
+
+HEIGHT, WIDTH = 48, 64
+
+
+def grey(index: int) -> int:
+    """The level of frame `index` of a `write_greys` file: 8 apart, where no codec here is wrong by more than 3."""
+    return 16 + 8 * index
+
+
+def write_frames(path, frames, codec="libx264", pixels="yuv420p", options=None, stamps=None, rotate=0, head=None):
+    """(H, W, 3) uint8 frames to a file, 25 per second or at `stamps` in hundredths of a second."""
+    with av.open(str(path), "w", options=head or {}) as container:
+        stream = container.add_stream(codec, rate=25, options=options or {})
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = pixels
+        if stamps is not None:
+            stream.codec_context.time_base = Fraction(1, 100)
+        if rotate:
+            stream.set_display_rotation(rotate)
+        for index, pixel_rows in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixel_rows), format="rgb24")
+            if stamps is not None:
+                frame.pts, frame.time_base = stamps[index], Fraction(1, 100)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def write_greys(path, count=25, **how):
+    return write_frames(path, [np.full((HEIGHT, WIDTH, 3), grey(i), np.uint8) for i in range(count)], **how)
+
+
+def shown(frames: torch.Tensor) -> list[int]:
+    """Which frames of a `write_greys` file these are."""
+    assert frames.dtype == torch.uint8 and frames.shape[1:] == (3, HEIGHT, WIDTH)
+    level = frames.float()
+    assert (level.amax((1, 2, 3)) - level.amin((1, 2, 3))).max() <= 4  # flat
+    return ((level.mean((1, 2, 3)) - grey(0)) / 8).round().int().tolist()
+
+
+def noise(count, height=HEIGHT, width=WIDTH, seed=0):
+    return list(np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8))
+
+
+def remux(source, target, first=0, shift=0, options=None):
+    """Copy packets without decoding: from packet `first` on, and `shift` seconds earlier."""
+    with av.open(str(source)) as old, av.open(str(target), "w", options=options or {}) as new:
+        stream = old.streams[0]
+        copy = new.add_stream_from_template(stream)
+        for packet in list(old.demux(stream))[first:]:
+            if packet.dts is None:
+                continue
+            packet.pts -= int(shift / stream.time_base)
+            packet.dts -= int(shift / stream.time_base)
+            packet.stream = copy
+            new.mux(packet)
+    return target
+
+
+def write_wav(path, samples, rate=48_000):
+    """(channels, samples) integers to a WAV file of their width; uint8 is FFmpeg's and WAV's unsigned format."""
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(len(samples))
+        file.setsampwidth(samples.dtype.itemsize)
+        file.setframerate(rate)
+        file.writeframes(np.ascontiguousarray(samples.T).tobytes())
+    return path
+
+
+def write_audio(path, samples, codec, form, layout, rate=48_000, head=None):
+    """(channels, samples) of the planar sample format `form` through a codec of PyAV."""
+    with av.open(str(path), "w", options=head or {}) as container:
+        stream = container.add_stream(codec, rate=rate, layout=layout)
+        stream.format = stream.codec.audio_formats[0].name
+        frame = av.AudioFrame.from_ndarray(samples, format=form, layout=layout)
+        frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), 0
+        blocks = av.AudioResampler(format=stream.format.name, frame_size=stream.frame_size or 4096)
+        for block in (*blocks.resample(frame), *blocks.resample(None)):
+            container.mux(stream.encode(block))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.fixture(params=["decord", "PyAV"])
+def backend(request, monkeypatch):
+    """Each of the two ways to decode frames."""
+    if request.param == "decord":
+        pytest.importorskip("decord")
+    else:
+        monkeypatch.setitem(sys.modules, "decord", None)  # `import decord` fails
+    return request.param
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which frames
+
+
+def test_spread_indices_by_hand():
+    assert spread_indices(337, 16) == [0, 22, 44, 67, 89, 112, 134, 156, 179, 201, 224, 246, 268, 291, 313, 336]
+    assert spread_indices(16, 16) == list(range(16))
+    assert spread_indices(5, 16) == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 4]
+    assert spread_indices(1, 16) == [0] * 16
+    assert spread_indices(10, 1) == [0]
+    assert spread_indices(10, 2) == [0, 9]
+    assert spread_indices(10, 4) == [0, 3, 6, 9]
+
+
+def test_spread_indices_follow_the_published_rule():
+    for total in range(1, 3000):
+        assert spread_indices(total, 16) == [int(i * (total - 1) / 15) for i in range(16)]
+
+
+def test_rate_indices_by_hand():
+    second = [Fraction(i, 25) for i in range(25)]
+    assert rate_indices(second, Fraction(1), 25) == list(range(25))
+    assert rate_indices(second, Fraction(1), 10) == [0, 2, 5, 7, 10, 12, 15, 17, 20, 22]
+    assert rate_indices(second, Fraction(1), 50) == [i // 2 for i in range(50)]
+    assert rate_indices(second, Fraction(1), 0.5) == [0]
+    uneven = [Fraction(0), Fraction(1, 2), Fraction(3, 5), Fraction(2)]
+    assert rate_indices(uneven, Fraction(3), 2) == [0, 1, 2, 2, 3, 3]
+    minute = [Fraction(i) for i in range(60)]
+    assert rate_indices(minute, Fraction(60), 0.1) == [0, 10, 20, 30, 40, 50]
+    film = [Fraction(1001 * i, 24_000) for i in range(337)]
+    assert rate_indices(film, Fraction(1001 * 337, 24_000), 24_000 / 1001) == list(range(337))
+    assert rate_indices([Fraction(0)], Fraction(1, 25), 25) == [0]
+
+
+def test_rate_indices_are_the_frames_on_screen():
+    chance = random.Random(0)
+    for _ in range(200):
+        starts = [Fraction(0)] + sorted(Fraction(n, 100) for n in chance.sample(range(1, 400), chance.randrange(30)))
+        end = starts[-1] + Fraction(chance.randrange(1, 100), 100)
+        rate = chance.randrange(1, 40)
+        times = [Fraction(k, rate) for k in range(math.ceil(end * rate))]
+        assert times[-1] < end <= times[-1] + Fraction(1, rate)
+        assert rate_indices(starts, end, rate) == [bisect.bisect_right(starts, time) - 1 for time in times]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# audio
+
+
+@pytest.mark.parametrize("rate", [8_000, 44_100, 96_000])
+@pytest.mark.parametrize("channels", [1, 2, 6])
+def test_wav_comes_back_exactly(tmp_path, rate, channels):
+    for kind, scale in ((np.int16, 2**15), (np.int32, 2**31)):
+        limits = np.iinfo(kind)
+        samples = np.random.default_rng(0).integers(limits.min, limits.max, (channels, 1000), dtype=kind, endpoint=True)
+        samples[0, :3] = limits.min, 0, limits.max
+        found, found_rate = read_audio(write_wav(tmp_path / "a.wav", samples, rate))
+        assert found_rate == rate and found.dtype == torch.float32
+        assert torch.equal(found, torch.from_numpy(samples).float() / scale)
+
+
+def test_unsigned_bytes_are_silent_at_128(tmp_path):
+    samples = np.arange(256, dtype=np.uint8)[None]
+    found, _ = read_audio(write_wav(tmp_path / "a.wav", samples))
+    assert found[0, [0, 64, 128, 255]].tolist() == [-1.0, -0.5, 0.0, 127 / 128]
+
+
+def test_names_and_tags_do_not_matter(tmp_path, monkeypatch):
+    samples = np.arange(-50, 50, dtype=np.int16)[None]
+    path = write_wav(tmp_path / "take:1.wav", samples)  # FFmpeg knows protocols like "take:"
+    content = path.read_bytes() + b"LIST" + struct.pack("<I", 16) + b"INFOINAM" + struct.pack("<I", 4) + b"caf\xe9"
+    path.write_bytes(content[:4] + struct.pack("<I", len(content) - 8) + content[8:])
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(read_audio("take:1.wav")[0], torch.from_numpy(samples) / 2**15)
+
+
+def test_flac_with_surround_sound_comes_back_exactly(tmp_path):
+    samples = np.random.default_rng(0).integers(-(2**15), 2**15, (6, 10_000), dtype=np.int16)
+    found, rate = read_audio(write_audio(tmp_path / "a.flac", samples, "flac", "s16p", "5.1", rate=44_100))
+    assert rate == 44_100
+    assert torch.equal(found, torch.from_numpy(samples) / 2**15)
+
+
+def test_floating_point_comes_back_exactly(tmp_path):
+    samples = np.random.default_rng(0).normal(0, 1, (2, 5000)).astype(np.float32)  # beyond 1 too: not clipped
+    found, _ = read_audio(write_audio(tmp_path / "a.wav", samples, "pcm_f32le", "fltp", "stereo"))
+    assert torch.equal(found, torch.from_numpy(samples))
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_compressed_audio_is_on_time(tmp_path, name):
+    # AAC begins with 1024 samples that are not the sound, which the file tells the reader to drop. The sweep has no
+    # period, so that only the right start fits; coding costs 0.01 (RMS), a single sample late would be 0.05.
+    time = np.arange(48_000) / 48_000
+    sweep = (0.5 * np.sin(2 * np.pi * (200 * time + 900 * time**2))).astype(np.float32)
+    found, rate = read_audio(write_audio(tmp_path / name, sweep[None], "aac", "fltp", "mono"))
+    assert rate == 48_000 and len(found) == 1
+    assert np.square(found[0, 2000:46_000].numpy() - sweep[2000:46_000]).mean() ** 0.5 < 0.015
+    assert np.square(found[0, 2001:46_001].numpy() - sweep[2000:46_000]).mean() ** 0.5 > 0.04
+
+
+def test_audio_stops_at_max_seconds_without_decoding_the_rest(tmp_path):
+    # an index at the front and the second half of the file missing, as after a broken download
+    samples = np.random.default_rng(0).integers(-(2**23), 2**23, (2, 48_000), dtype=np.int32) * 2**8  # 24 bits
+    path = write_audio(tmp_path / "a.m4a", samples, "alac", "s32p", "stereo", head={"movflags": "faststart"})
+    assert torch.equal(read_audio(path)[0], torch.from_numpy(samples) / 2**31)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert torch.equal(read_audio(path, max_seconds=0.1)[0], torch.from_numpy(samples[:, :4800]) / 2**31)
+    with pytest.raises(MediaError, match="a.m4a: not a media file, or damaged .*; re-encode it or leave it out"):
+        read_audio(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# frames: the right pixels
+
+
+@pytest.mark.parametrize(
+    "name, codec, pixels, options",
+    [("a.mkv", "ffv1", "bgr0", {}), ("a.mp4", "libx264rgb", "rgb24", {"crf": "0"}), ("a.avi", "ffv1", "bgr0", {})],
+)
+@pytest.mark.parametrize("size", [(48, 64), (47, 63), (33, 118)])
+def test_lossless_frames_come_back_exactly(tmp_path, backend, name, codec, pixels, options, size):
+    frames = noise(CHUNK + 3, *size)
+    found = read_frames(write_frames(tmp_path / name, frames, codec, pixels, options=options))
+    assert torch.equal(found, torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+def test_frames_are_upright(tmp_path, backend, degrees):
+    frames = noise(2, 64, 128)
+    path = write_frames(tmp_path / "a.mp4", frames, "libx264rgb", "rgb24", options={"crf": "0"}, rotate=degrees)
+    # the file says: turn me counterclockwise by this much
+    upright = np.stack([np.rot90(frame, degrees // 90) for frame in frames])
+    assert torch.equal(read_frames(path), torch.from_numpy(upright).permute(0, 3, 1, 2))
+
+
+def test_a_picture_is_a_clip_of_one_frame(tmp_path, backend):
+    frames = noise(1)
+    found = read_frames(write_frames(tmp_path / "a.png", frames, "png", "rgb24"), num_frames=2)
+    assert torch.equal(found, torch.from_numpy(np.stack(frames * 2)).permute(0, 3, 1, 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# frames: the right ones, whatever the file
+
+OPEN_GROUPS = {"bf": "3", "x264-params": "open-gop=1:keyint=8:min-keyint=8:scenecut=0:b-adapt=0"}
+FILES = {  # every way in which decord and PyAV have been seen to differ, and the ordinary ones; True: decord does it
+    "plain.mp4": ({}, True),
+    "b-frames.mp4": (dict(options={"bf": "3", "g": "8"}), True),
+    "matroska.mkv": (dict(options={"bf": "2", "g": "8"}), True),
+    "vp9.webm": (dict(codec="libvpx-vp9"), True),
+    "odd.mp4": (dict(pixels="yuv444p"), True),
+    "open-groups.mp4": (dict(options=OPEN_GROUPS), False),
+    "ten-bit.mp4": (dict(pixels="yuv420p10le"), False),
+    "b-frames.avi": (dict(codec="mpeg4", options={"bf": "2", "g": "8", "qmax": "2"}), False),
+    "av1.mp4": (dict(codec="libsvtav1", options={"preset": "12", "svtav1-params": "lp=1"}), False),
+    "transport.ts": (dict(options={"bf": "0"}), None),
+    "picture.gif": (dict(codec="gif", pixels="gray"), None),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    return {name: write_greys(folder / name, **how) for name, (how, _) in FILES.items()}
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """How many frames decord was asked for, each time."""
+    decord = pytest.importorskip("decord")
+    asked, get_batch = [], decord.VideoReader.get_batch
+
+    def count(reader, indices):
+        asked.append(len(indices))
+        return get_batch(reader, indices)
+
+    monkeypatch.setattr(decord.VideoReader, "get_batch", count)
+    return asked
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_both_backends_give_the_same_right_frames(files, batches, monkeypatch, name):
+    selections = [
+        ({}, list(range(25))),
+        (dict(num_frames=16), [0, 1, 3, 4, 6, 8, 9, 11, 12, 14, 16, 17, 19, 20, 22, 24]),
+        (dict(num_frames=3), [0, 12, 24]),
+        (dict(num_frames=40), [i * 24 // 39 for i in range(40)]),
+        (dict(frames_per_second=10), [0, 2, 5, 7, 10, 12, 15, 17, 20, 22]),
+        (dict(frames_per_second=50), [i // 2 for i in range(50)]),
+        (dict(max_seconds=0.4), list(range(10))),
+        (dict(max_seconds=0.41, num_frames=3), [0, 5, 10]),
+        (dict(max_seconds=0.5, frames_per_second=5), [0, 5, 10]),
+    ]
+    for selection, expected in selections:
+        batches.clear()
+        one = read_frames(files[name], **selection)
+        assert shown(one) == expected, selection
+        through_decord = FILES[name][1]
+        if through_decord is not None:  # never for the beginning of a file, all of which decord would read
+            assert bool(batches) == (through_decord and "max_seconds" not in selection), selection
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, "decord", None)
+            assert torch.equal(read_frames(files[name], **selection), one), selection
+
+
+def test_decord_that_sees_other_times_is_not_believed(files, batches, monkeypatch):
+    import decord
+
+    times = decord.VideoReader.get_frame_timestamp
+    monkeypatch.setattr(decord.VideoReader, "get_frame_timestamp", lambda *a: times(*a) + 0.04)
+    assert shown(read_frames(files["plain.mp4"], num_frames=3)) == [0, 12, 24]
+    assert not batches
+
+
+def test_pyav_goes_on_where_decord_stops(tmp_path, batches, monkeypatch):
+    import decord
+
+    get_batch = decord.VideoReader.get_batch
+
+    def stop(reader, indices):
+        if batches:
+            raise decord.DECORDError("cannot go on")
+        return get_batch(reader, indices)
+
+    monkeypatch.setattr(decord.VideoReader, "get_batch", stop)
+    frames = noise(CHUNK + 5)
+    path = write_frames(tmp_path / "a.mkv", frames, "ffv1", "bgr0")
+    assert torch.equal(read_frames(path), torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2))
+    assert batches == [CHUNK]
+
+
+def test_uneven_frames_are_sampled_by_their_times(tmp_path, backend):
+    path = write_greys(tmp_path / "a.mp4", count=5, stamps=[0, 50, 60, 200, 210])
+    assert shown(read_frames(path)) == [0, 1, 2, 3, 4]
+    # on screen at 0, 0.5, 1.0, 1.5, 2.0; the last frame stays for less than half a second
+    assert shown(read_frames(path, frames_per_second=2)) == [0, 1, 2, 2, 3]
+    assert shown(read_frames(path, frames_per_second=10, max_seconds=0.8)) == [0, 0, 0, 0, 0, 1, 2, 2]
+    assert shown(read_frames(path, num_frames=3, max_seconds=2)) == [0, 1, 2]
+
+
+def test_a_clip_that_starts_late_starts_at_its_first_frame(tmp_path, backend):
+    path = write_greys(tmp_path / "a.mp4", count=4, stamps=[700, 720, 740, 760])
+    assert shown(read_frames(path, frames_per_second=5)) == [0, 1, 2, 3]
+    assert shown(read_frames(path, max_seconds=0.4)) == [0, 1]
+
+
+def test_frames_that_an_edit_list_cuts_away_are_not_shown(tmp_path, backend):
+    whole = write_greys(tmp_path / "whole.mp4", options={"bf": "0", "g": "50"})
+    cut = remux(whole, tmp_path / "cut.mp4", shift=Fraction(5, 25))  # as `ffmpeg -ss 0.2 -c copy` does
+    assert shown(read_frames(cut)) == list(range(5, 25))
+    assert shown(read_frames(cut, num_frames=3)) == [5, 14, 24]
+    assert shown(read_frames(cut, frames_per_second=5)) == [5, 10, 15, 20]
+
+
+def test_a_recording_that_starts_between_keyframes(tmp_path, backend):
+    whole = write_greys(tmp_path / "whole.mkv", options={"bf": "0", "g": "8", "keyint_min": "8"})
+    cut = remux(whole, tmp_path / "cut.mkv", first=3)
+    assert shown(read_frames(cut)) == list(range(8, 25))
+
+
+@pytest.mark.parametrize(
+    "selection, count",
+    [({}, 1), ({"num_frames": 16}, 16), ({"frames_per_second": 25}, 1), ({"frames_per_second": 100}, 4)],
+)
+def test_a_clip_of_one_frame(tmp_path, backend, selection, count):
+    found = shown(read_frames(write_greys(tmp_path / "a.mp4", count=1), **selection))
+    assert found == [0] * count
+
+
+def test_pieces_are_small_and_make_up_the_whole(tmp_path, backend):
+    frames = noise(2 * CHUNK + 5, 16, 32)
+    path = write_frames(tmp_path / "a.mkv", frames, "ffv1", "bgr0")
+    pieces = list(iter_frames(path))
+    assert [len(piece) for piece in pieces] == [CHUNK, CHUNK, 5]
+    assert torch.equal(torch.cat(pieces), torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2))
+
+
+def test_only_the_wanted_frames_are_converted(tmp_path, monkeypatch):
+    from av.video import reformatter
+
+    monkeypatch.setitem(sys.modules, "decord", None)
+    converted = []
+
+    class Counted:
+        def __init__(self, real=reformatter.VideoReformatter):
+            self.real = real()
+
+        def reformat(self, frame, *args, **kwargs):
+            converted.append(frame.pts)
+            return self.real.reformat(frame, *args, **kwargs)
+
+    monkeypatch.setattr(reformatter, "VideoReformatter", Counted)
+    path = write_greys(tmp_path / "a.mp4")
+    assert shown(read_frames(path, num_frames=2)) == [0, 24]
+    assert len(converted) == 2
+    assert len(read_frames(path, num_frames=40)) == 40
+    assert len(converted) == 2 + 25
+
+
+def test_decord_with_a_users_bridge(files):
+    decord = pytest.importorskip("decord")
+    decord.bridge.set_bridge("torch")
+    try:
+        assert shown(read_frames(files["plain.mp4"], num_frames=3)) == [0, 12, 24]
+    finally:
+        decord.bridge.set_bridge("native")
+
+
+def test_nothing_is_decoded_after_max_seconds(tmp_path, backend):
+    # an index at the front and the second half of the file missing, as after a broken download
+    path = write_frames(tmp_path / "a.mp4", noise(40), options={"g": "10"}, head={"movflags": "faststart"})
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert len(read_frames(path, max_seconds=0.4)) == 10
+    with pytest.raises(MediaError, match="a.mp4: .*damaged.*; re-encode it or leave it out"):
+        read_frames(path)
+
+
+def test_nothing_is_read_after_max_seconds(files, monkeypatch):
+    read = []
+
+    class Counted:
+        def __init__(self, container):
+            self.container = container
+
+        def __getattr__(self, name):
+            return getattr(self.container, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.container.close()
+
+        def demux(self, stream):
+            for packet in self.container.demux(stream):
+                read.append(packet.pts)
+                yield packet
+
+    open_file = av.open
+    monkeypatch.setattr(av, "open", lambda *args, **kwargs: Counted(open_file(*args, **kwargs)))
+    assert shown(read_frames(files["b-frames.mp4"], max_seconds=0.4)) == list(range(10))
+    assert len(read) <= 10 + 4  # three B-frames put off what is shown by as many, and one packet says that it is enough
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what cannot be read
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """Files that are no media at all."""
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "words.mp4").write_text("this is not a video\n" * 50)
+    (tmp_path / "words.txt").write_text("nor is this\n" * 50)
+    (tmp_path / "noise.wav").write_bytes(random.Random(0).randbytes(5000))
+    return tmp_path
+
+
+@pytest.mark.parametrize("read", [read_audio, read_frames])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("missing.mp4", "missing.mp4: no such file"),
+        (".", "no such file"),
+        ("https://example.org/a.mp4", "no such file"),
+        ("empty.mp4", "empty.mp4: not a media file, or damaged .*; re-encode it or leave it out"),
+        ("words.mp4", "words.mp4: not a media file, or damaged .*; re-encode it or leave it out"),
+        ("noise.wav", "noise.wav: not a media file, or damaged .*; re-encode it or leave it out"),
+        ("words.txt", "words.txt: a text file, not media; give captions in text="),
+    ],
+)
+def test_what_is_no_media_is_refused_in_one_line(broken, backend, read, name, message):
+    with pytest.raises(MediaError, match=message) as caught:
+        read(broken / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_track_is_named(tmp_path):
+    silent = write_greys(tmp_path / "silent.mp4")
+    with pytest.raises(MediaError, match="silent.mp4: has no audio track; give the clip in videos= only"):
+        read_audio(silent)
+    sound = write_wav(tmp_path / "sound.wav", np.zeros((1, 100), np.int16))
+    with pytest.raises(MediaError, match="sound.wav: has no video track; give the clip in audio= only"):
+        read_frames(sound)
+    nothing = write_wav(tmp_path / "nothing.wav", np.zeros((1, 0), np.int16))
+    with pytest.raises(MediaError, match="nothing.wav"):
+        read_audio(nothing)
+
+
+def test_the_cover_of_a_song_is_no_video(tmp_path):
+    path = tmp_path / "song.mp3"
+    with av.open(str(path), "w") as container:
+        sound = container.add_stream("libmp3lame", rate=48_000, layout="mono")
+        cover = container.add_stream("mjpeg", rate=25)
+        cover.width, cover.height, cover.pix_fmt = 32, 32, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(noise(1, 32, 32)[0], format="rgb24")))
+        container.mux(cover.encode(None))
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1152), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 48_000
+        container.mux(sound.encode(frame))
+        container.mux(sound.encode(None))
+    assert read_audio(path)[1] == 48_000
+    with pytest.raises(MediaError, match="song.mp3: has no video track"):
+        read_frames(path)
+
+
+def test_frames_without_times_are_refused(tmp_path):
+    path = write_greys(tmp_path / "raw.h264")
+    with pytest.raises(MediaError, match="raw.h264: frames carry no time; re-encode it, e.g. as MP4"):
+        read_frames(path)
+
+
+def test_impossible_limits_are_refused(tmp_path):
+    path = write_greys(tmp_path / "a.mp4", count=1)
+    for wrong in ({"num_frames": 0}, {"frames_per_second": -1.0}, {"max_seconds": 0.0}, {"max_seconds": math.nan}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.* is not positive"):
+            read_frames(path, **wrong)
+    with pytest.raises(ValueError, match="max_seconds=-1 is not positive"):
+        read_audio(path, max_seconds=-1)
+    with pytest.raises(ValueError, match="two ways to sample: give one"):
+        read_frames(path, num_frames=2, frames_per_second=2)
+
+
+def test_importing_the_processor_loads_no_codec():
+    code = "import sys, pe_av.data.processor; print([name for name in ('av', 'decord') if name in sys.modules])"
+    root = Path(__file__).parent.parent
+    found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
