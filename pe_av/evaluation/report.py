@@ -1,0 +1,167 @@
+"""What a person reads about a run: the table of recalls, `metrics.json`, loss curves and similarity matrices."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # not pyplot: no display is needed, and a notebook keeps its own backend
+from matplotlib.ticker import LogLocator, NullFormatter
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from pe_av.config import PAIRINGS
+from pe_av.evaluation.metrics import DIRECTIONS, public_name
+
+COLOURS = dict(
+    zip(PAIRINGS, ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown"), strict=True)
+)
+TITLES = {name: " – ".join(map(public_name, sides)) for name, sides in PAIRINGS.items()}  # audio_text: audio – text
+GREY = "0.45"
+
+
+def print_table(metrics: Mapping[str, Mapping[str, float]]) -> None:
+    """Every direction of `metrics` as a table on standard output, beside what guessing would reach.
+
+    Args:
+        metrics: direction -> `retrieval_metrics`; keys that are no direction (`write_metrics` adds some) are left out.
+    """
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption="recalls and chance R@1 in percent")
+    table.add_column("direction", no_wrap=True)
+    for column in ("R@1", "chance", "R@5", "R@10", "MedR", "MeanR", "MRR", "gallery"):  # fits 80 characters
+        table.add_column(column, justify="right", style={"R@1": "bold", "chance": "dim"}.get(column), no_wrap=True)
+    for direction in DIRECTIONS:
+        if direction in metrics:
+            row = metrics[direction]
+            table.add_row(
+                direction,
+                f"{row['R@1']:.1f}",
+                f"{100 / row['gallery']:.2g}",  # R@1 of a guess
+                *(f"{row[name]:.1f}" for name in ("R@5", "R@10")),
+                f"{row['MedR']:g}",
+                f"{row['MeanR']:.1f}",
+                f"{row['MRR']:.3f}",
+                str(row["gallery"]),
+            )
+    Console().print(table)
+
+
+def write_metrics(path: str | Path, metrics: Mapping[str, Any], **extra: Any) -> None:
+    """`metrics` as JSON, with `extra` (the step, the checkpoint, …) as further keys beside the directions.
+
+    The file is replaced in one move, so that a reader or an interruption never meets half of it.
+
+    Raises:
+        ValueError: an extra key that is also a metric, or a number that JSON cannot hold (NaN, infinity).
+    """
+    clash = sorted(metrics.keys() & extra.keys())
+    if clash:
+        raise ValueError(f"{', '.join(clash)}: given as a metric and as an extra key")
+    text = json.dumps({**metrics, **extra}, indent=2, allow_nan=False) + "\n"
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.tmp")  # in the same folder, where renaming is atomic
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def plot_losses(
+    history: Sequence[Mapping[str, float]], path: str | Path, recalls: Sequence[Mapping[str, Any]] | None = None
+) -> None:
+    """Loss over steps, the sum and each pairing, and beside it R@1 over steps, as a PNG.
+
+    Args:
+        history: rows of {"step", "loss", "<pairing>_loss", …}; a row may lack any but the step.
+        path: the PNG to write.
+        recalls: rows of {"step", "R@1": {direction: percent}}; None or empty: the loss alone.
+    """
+    figure = Figure(figsize=(13 if recalls else 7, 4.6), dpi=150, layout="constrained")
+    panels = figure.subplots(1, 2 if recalls else 1, sharex=True, squeeze=False)[0]
+
+    panels[0].set(title="training loss", ylabel="sigmoid contrastive loss", yscale="log")
+    panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[0].yaxis.set_major_formatter("{x:g}")
+    panels[0].yaxis.set_minor_formatter(NullFormatter())
+    _curve(panels[0], history, "loss", color="black", linewidth=2, label="total")
+    for pairing, colour in COLOURS.items():
+        _curve(panels[0], history, f"{pairing}_loss", color=colour, label=TITLES[pairing])
+
+    if recalls:
+        panels[1].set(title="zero-shot retrieval", ylabel="R@1 (%)", ylim=(0, 102))
+        pairing_of = {frozenset(sides): pairing for pairing, sides in PAIRINGS.items()}
+        for direction, (query, gallery) in DIRECTIONS.items():
+            pairing = pairing_of[frozenset((query, gallery))]
+            there = PAIRINGS[pairing] == (query, gallery)
+            points = [(row["step"], row["R@1"][direction]) for row in recalls if direction in row["R@1"]]
+            if points:
+                style = {"marker": "o" if there else "s", "markersize": 3.5, "linestyle": "-" if there else "--"}
+                panels[1].plot(*zip(*points, strict=True), color=COLOURS[pairing], label=direction, **style)
+
+    for panel in panels:
+        panel.set_xlabel("step")
+        panel.grid(color="0.9")
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small", handlelength=3)
+    _save(figure, path)
+
+
+def plot_similarity(embeds: Mapping[str, Tensor], path: str | Path, limit: int = 64) -> None:
+    """Cosine similarity of the first `limit` clips in the six pairings, as a PNG; matched clips are the diagonal.
+
+    Args:
+        embeds: (N, D) by name; a pairing without both of its sides is left empty.
+        path: the PNG to write.
+        limit: clips shown.
+    """
+    unit = {name: F.normalize(rows[:limit].detach().double(), dim=1).cpu().numpy() for name, rows in embeds.items()}
+    cosines = {
+        pairing: unit[left] @ unit[right].T
+        for pairing, (left, right) in PAIRINGS.items()
+        if left in unit and right in unit
+    }
+    bound = max((float(np.nanmax(np.abs(cosine))) for cosine in cosines.values()), default=1.0)
+
+    figure = Figure(figsize=(11, 7.6), dpi=150, layout="constrained")
+    panels = figure.subplots(2, 3)
+    image = None
+    for panel, (pairing, (left, right)) in zip(panels.flat, PAIRINGS.items(), strict=True):
+        panel.set(xlabel=public_name(right), ylabel=public_name(left), xticks=[], yticks=[])
+        panel.set_title(TITLES[pairing], fontweight="bold", pad=20)
+        if pairing not in cosines:
+            panel.set_box_aspect(1)
+            panel.text(0.5, 0.5, "not evaluated", ha="center", va="center", color=GREY, transform=panel.transAxes)
+            continue
+        cosine = cosines[pairing]
+        image = panel.imshow(cosine, cmap="RdBu_r", vmin=-bound, vmax=bound, interpolation="nearest")
+        caption = f"matched {cosine.diagonal().mean():z.2f}"
+        if len(cosine) > 1:
+            caption += f", others {cosine[~np.eye(len(cosine), dtype=bool)].mean():z.2f}"
+        panel.text(0.5, 1.02, caption, ha="center", va="bottom", color=GREY, transform=panel.transAxes)
+    if image is not None:
+        figure.colorbar(image, ax=panels, label="cosine similarity", shrink=0.6)
+    _save(figure, path)
+
+
+def _curve(panel: Axes, history: Sequence[Mapping[str, float]], key: str, **style: Any) -> None:
+    """One loss over steps: every row faintly, and on top their running mean, which is what can be read."""
+    points = [(row["step"], row[key]) for row in history if row.get(key) is not None]
+    if not points:
+        return
+    steps, values = np.array(points, dtype=float).T
+    panel.plot(steps, values, color=style["color"], alpha=0.2, linewidth=0.8)
+    width = max(1, len(values) // 40)
+    mean = np.convolve(values, np.full(width, 1 / width), mode="valid")
+    panel.plot(steps[width // 2 :][: len(mean)], mean, **style)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
