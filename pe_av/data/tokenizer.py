@@ -1,0 +1,32 @@
+"""A byte-level BPE tokenizer made from a training set's captions, for models that start from random weights."""
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+SPECIAL = ["[PAD]", "[CLS]", "[SEP]"]  # ids 0, 1, 2
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A tokenizer that can write any text, and the captions' own words shortest; it adds [CLS] … [SEP].
+
+    Args:
+        vocab_size: the most tokens it may have; at least 259, the 256 bytes and three special tokens.
+    """
+    if vocab_size < 256 + len(SPECIAL):
+        raise ValueError(f"vocab_size={vocab_size} cannot hold the 256 bytes and {len(SPECIAL)} special tokens")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    return tokenizer

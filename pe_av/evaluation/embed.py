@@ -1,0 +1,126 @@
+"""Embeddings of many clips: of a data set for retrieval, or of a list of files into a safetensors file."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..checkpoint import load_model
+from ..data.dataset import to_device
+from ..data.processor import Processor
+
+
+@torch.no_grad()
+def embed_batches(
+    model: nn.Module, batches: Iterable[dict[str, Any]], device: torch.device, title: str
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Every embedding of every clip, with a progress bar.
+
+    Args:
+        batches: as `data.dataset.Collate` makes them.
+    Returns:
+        name (`evaluation.metrics.EMBEDDINGS`) -> (N, D) float32 on the CPU, and the items that could not be read.
+    """
+    was_training = model.training
+    model.eval()
+    parts: list[dict[str, Tensor]] = []
+    bad = []
+    for batch in track(batches, title, console=Console(stderr=True), transient=True):
+        bad += batch["bad"]
+        if batch["inputs"] is not None:
+            embeds = model(**to_device(batch["inputs"], device)).embeds()
+            parts.append({name: value.float().cpu() for name, value in embeds.items()})
+    model.train(was_training)
+    return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else {})}, bad
+
+
+@torch.no_grad()
+def embed_files(
+    model: nn.Module,
+    processor: Processor,
+    paths: Sequence[str | Path],
+    output: str | Path,
+    batch_size: int = 8,
+    max_seconds: float | None = 30.0,
+) -> dict[str, str]:
+    """Write the audio, video and audio_video embeddings of media files to a safetensors file.
+
+    The file holds `<name>` (N, D) float32 and `<name>_index` (N,), the positions in `paths` that the rows belong to:
+    a file without sound has no audio embedding, one without picture no video embedding.
+
+    Args:
+        max_seconds: longer files are cut to their first part; None: taken whole.
+    Returns:
+        path -> why it could not be read, for those from which nothing was.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    rows: dict[str, list[Tensor]] = {"audio": [], "video": [], "audio_video": []}
+    index: dict[str, list[int]] = {name: [] for name in rows}
+    failed = {}
+    loader = DataLoader(_Tracks(paths, processor, max_seconds), batch_size=batch_size, collate_fn=list)
+    for items in track(loader, "embedding", console=Console(stderr=True)):
+        failed |= {item["path"]: item["error"] for item in items if "error" in item}
+        for name in rows:
+            wanted = [item for item in items if all(part in item for part in name.split("_"))]
+            if not wanted:
+                continue
+            inputs: dict[str, Tensor] = {}
+            if "audio" in name:
+                inputs |= processor.batch_audio([item["audio"] for item in wanted])
+            if "video" in name:
+                inputs |= processor.batch_videos([item["video"] for item in wanted])
+            embeds = getattr(model, f"get_{name}_embeds")(**to_device(inputs, device))
+            rows[name].append(embeds.float().cpu())
+            index[name] += [item["index"] for item in wanted]
+    model.train(was_training)
+    tensors = {name: torch.cat(parts) for name, parts in rows.items() if parts}
+    tensors |= {f"{name}_index": torch.tensor(index[name]) for name in list(tensors)}
+    save_file(tensors, output, metadata={f"path_{i}": str(path) for i, path in enumerate(paths)})
+    return failed
+
+
+class _Tracks(torch.utils.data.Dataset):
+    """What can be read of each file: {"index", "path"} and "audio", "video", or "error" where there is neither."""
+
+    def __init__(self, paths: Sequence[str | Path], processor: Processor, max_seconds: float | None):
+        self.paths, self.processor, self.max_seconds = paths, processor, max_seconds
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path = self.paths[index]
+        item: dict[str, Any] = {"index": index, "path": str(path)}
+        errors = []
+        for name, read in (("audio", self.processor.audio_item), ("video", self.processor.video_item)):
+            try:
+                item[name] = read(path, max_seconds=self.max_seconds)
+            except ValueError as error:
+                errors.append(str(error))
+        return item if len(errors) < 2 else item | {"error": errors[0]}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """python -m pe_av.evaluation.embed CHECKPOINT OUTPUT.safetensors FILE…"""
+    if len(arguments) < 3:
+        sys.exit(f"usage: {main.__doc__}")
+    checkpoint, output, *paths = arguments
+    try:
+        failed = embed_files(load_model(checkpoint), Processor.from_pretrained(checkpoint), paths, output)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    for path, reason in failed.items():
+        print(f"left out {path}: {reason}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

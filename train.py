@@ -1,0 +1,34 @@
+"""Train PE-AV: `python train.py [key=value …]`; the settings and what they mean stand in pe_av/config.py."""
+
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from pe_av.config import TrainConfig, check_overrides, from_dict, stop_on_error
+
+ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+
+
+@hydra.main(config_path="configs", config_name="train", version_base="1.3")
+def main(composed: DictConfig) -> None:
+    from pe_av.training.loop import Run  # after the arguments have been checked, since it imports torch
+
+    try:
+        config = from_dict(TrainConfig, OmegaConf.to_container(composed), source="config")
+        Run(config, Path(HydraConfig.get().runtime.output_dir)).train()
+    except (ValueError, OSError) as error:
+        stop_on_error(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    try:
+        check_overrides(TrainConfig, sys.argv[1:])
+    except ValueError as error:
+        stop_on_error(error)
+    main()
