@@ -31,7 +31,7 @@ class Clip:
         self.frames = np.stack([frame.to_ndarray(format="rgb24") for frame in frames]).astype(float)
         self.middle = np.array([frame.time for frame in frames]) + 0.05  # of the time on screen, in seconds
         bright, hueless = self.frames.max(-1), self.frames.min(-1)
-        self.body = (bright - hueless > 70) | (hueless > 165)  # (F, 64, 64): the object, in colour or white
+        self.body = (bright - hueless > 70) | (hueless > 210)  # (F, 64, 64): the object, in colour or white
 
     def __repr__(self) -> str:
         return f"{self.id}: {self.caption}"

@@ -320,7 +320,7 @@ def _backdrop(scene: Scene, seconds: NDArray) -> NDArray:
     """(frames, rows, columns) grey levels; never a hue, so that colours are the object's alone."""
     rng = np.random.default_rng(scene.seed)
     rows, columns = np.mgrid[:SIDE, :SIDE]
-    grey = np.broadcast_to(rng.uniform(55, 70) - 25.0 * (rows >= FLOOR), (seconds.size, SIDE, SIDE)).copy()
+    grey = np.broadcast_to(rng.uniform(118, 132) - 25.0 * (rows >= FLOOR), (seconds.size, SIDE, SIDE)).copy()
     if scene.place == "rain":
         drops = 40
         column, start = rng.integers(SIDE, size=drops), rng.uniform(0, SIDE, size=drops)
