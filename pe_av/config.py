@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 # (left, right) embeddings of each pairing: `logits_<pairing>` has the left ones in its rows (design, section 3)
@@ -322,8 +322,9 @@ class EvalConfig:
     checkpoint: str = "???"  # folder
     data: DataConfig = field(default_factory=DataConfig)
     batch_size: int = 64
-    device: str = "auto"
+    device: str = "auto"  # auto: CUDA where there is one
     precision: str = "fp32"
+    max_bad_fraction: float = 0.05  # stop when more of the items than this cannot be read
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, f"batch_size={self.batch_size} is not positive")
@@ -348,12 +349,10 @@ def from_dict(schema: type, values: dict[str, Any], source: str) -> Any:
     Raises:
         ConfigError: unknown key (the nearest right one is named), wrong type or impossible value.
     """
-    _check_keys(schema, values, source, prefix="")
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+        return OmegaConf.to_object(_merge(schema, values, source))
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{source}: {getattr(error, 'full_key', None) or 'config'}: {reason}") from error
+        raise ConfigError(f"{source}: {error.full_key}: {str(error).splitlines()[0]}") from error
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
 
@@ -401,7 +400,10 @@ def check_overrides(schema: type, arguments: Sequence[str]) -> None:
             if "," not in value:  # a sweep is Hydra's to check
                 _one_of(key, value, sorted(path.stem for path in group.glob("*.yaml")))
         else:
-            _check_keys(schema, _nested(key), source="command line", prefix="")
+            nested = _nested(key, yaml.safe_load(value))
+            _check_keys(schema, nested, source="command line", prefix="")
+            if "," not in value or value[0] in "[{":  # the values of a sweep are Hydra's to check
+                _merge(schema, nested, source="command line")
 
 
 def stop_on_error(error: Exception) -> None:
@@ -409,24 +411,32 @@ def stop_on_error(error: Exception) -> None:
     sys.exit(f"error: {error}")
 
 
-def _nested(dotted: str) -> dict[str, Any]:
+def _nested(dotted: str, value: Any) -> dict[str, Any]:
     head, _, rest = dotted.partition(".")
-    return {head: _nested(rest) if rest else None}
+    return {head: _nested(rest, value) if rest else value}
+
+
+def _merge(schema: type, values: dict[str, Any], source: str) -> DictConfig:
+    _check_keys(schema, values, source, prefix="")
+    try:
+        return OmegaConf.merge(OmegaConf.structured(schema), values)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {error.full_key}: {str(error).splitlines()[0]}") from error
 
 
 def _check_keys(schema: type, values: dict[str, Any], source: str, prefix: str) -> None:
     types = get_type_hints(schema)
     for key, value in values.items():
         if key not in types:
-            raise ConfigError(f"{source}: unknown setting {prefix}{key}{_nearest(str(key), types)}")
+            raise ConfigError(f"{source}: unknown setting {prefix}{key}{_nearest(str(key), types, prefix)}")
         inner = next((t for t in (types[key], *get_args(types[key])) if is_dataclass(t)), None)
         if inner is not None and isinstance(value, dict):
             _check_keys(inner, value, source, prefix=f"{prefix}{key}.")
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
+def _nearest(word: str, known: Sequence[str], prefix: str = "") -> str:
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+    return f"; did you mean {prefix}{near[0]}?" if near else f"; known are {', '.join(known)}"
 
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> None:

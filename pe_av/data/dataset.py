@@ -75,7 +75,7 @@ class ClipDataset(Dataset):
             if not clip.caption.strip():
                 raise ValueError("the caption is empty")
             return {"id": clip.id, "caption": clip.caption} | self.processor.load_clip(clip.path, self.max_seconds)
-        except ValueError as error:  # MediaError among them
+        except (ValueError, OSError) as error:  # MediaError is a ValueError
             return {"id": clip.id, "error": str(error)}
 
 

@@ -4,7 +4,6 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -33,6 +32,7 @@ from ..data.dataset import (
 )
 from ..data.processor import Processor
 from ..data.tokenizer import train_tokenizer
+from ..device import pick_device, precision_context
 from ..evaluation.embed import embed_batches
 from ..evaluation.metrics import evaluate_embeddings, public_name
 from ..evaluation.report import plot_losses, plot_similarity, print_table, write_metrics
@@ -91,7 +91,7 @@ class Run:
                         row = self._log(window, clips / (time.perf_counter() - started))
                         progress.update(task, completed=self.step, line=_line(row))
                         if not self.console.is_terminal:
-                            self.console.print(f"step {self.step}/{config.steps}  {_line(row)}")
+                            self.console.print(f"step {self.step}/{config.steps}  {_line(row)}", soft_wrap=True)
                         window, started, clips = [], time.perf_counter(), 0
                     if self.step % config.eval_every == 0 or self.step == config.steps:
                         metrics = self.evaluate()
@@ -216,27 +216,6 @@ class Run:
     def _progress(self) -> Progress:
         columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[line]}"))
         return Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={name} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def precision_context(precision: str, device: torch.device) -> AbstractContextManager:
-    """Autocast to bfloat16, or nothing. "auto" takes bfloat16 on a GPU that computes in it."""
-    capable = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision == "bf16" and not capable:
-        raise ConfigError("precision=bf16: this GPU does not compute in bfloat16; use precision=fp32")
-    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda" and capable)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def seed_everything(seed: int) -> None:

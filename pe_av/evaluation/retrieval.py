@@ -1,0 +1,49 @@
+"""Zero-shot retrieval on a data set: a table, `metrics.json` and the similarity matrices."""
+
+from pathlib import Path
+
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from ..checkpoint import load_model
+from ..config import ConfigError, EvalConfig
+from ..data.dataset import BadItems, ClipDataset, Collate, manifest_paths, read_manifest
+from ..data.processor import Processor
+from ..device import pick_device, precision_context
+from .embed import embed_batches
+from .metrics import evaluate_embeddings
+from .report import plot_similarity, print_table, write_metrics
+
+
+def evaluate_checkpoint(config: EvalConfig, folder: Path) -> dict[str, dict[str, float | int]]:
+    """Retrieval in every direction of the six pairings; results go to `folder`.
+
+    Returns:
+        direction -> `metrics.retrieval_metrics`.
+    Raises:
+        ConfigError, CheckpointError: settings, data or checkpoint that cannot be used.
+    """
+    device = pick_device(config.device)
+    model = load_model(config.checkpoint, device)
+    processor = Processor.from_pretrained(config.checkpoint)
+    _, manifest = manifest_paths(config.data)
+    if manifest is None:
+        raise ConfigError("data.eval is not set: give a manifest, data.eval=clips.jsonl, or use data=demo")
+    clips = read_manifest(manifest)
+    folder.mkdir(parents=True, exist_ok=True)
+    loader = DataLoader(
+        ClipDataset(clips, processor, config.data.max_seconds),
+        config.batch_size,
+        num_workers=config.data.num_workers,
+        collate_fn=Collate(processor),
+    )
+    bad = BadItems(folder / "bad_items.jsonl", total=len(clips), max_fraction=config.max_bad_fraction)
+    with precision_context(config.precision, device):
+        embeds, unusable = embed_batches(model, loader, device, "evaluating")
+    bad.add(unusable)
+    metrics = evaluate_embeddings(embeds)
+    write_metrics(folder / "metrics.json", metrics, checkpoint=str(config.checkpoint), bad_items=len(bad.reasons))
+    plot_similarity(embeds, folder / "similarity.png")
+    print_table(metrics)
+    Console(stderr=True).print(f"written to {folder}")
+    return metrics

@@ -1,0 +1,255 @@
+"""Training and evaluation as a user starts them: on a small demo world, through the command lines."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pe_av import Processor, load_model
+from pe_av.config import ConfigError, OptimConfig, TrainConfig, config_dir, from_dict
+from pe_av.data.dataset import BadItems, read_manifest
+from pe_av.data.tokenizer import train_tokenizer
+from pe_av.evaluation.embed import embed_files
+from pe_av.training.optim import build_optimizer, build_schedule
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "data.demo.train_clips=24",
+    "data.demo.eval_clips=8",
+    "batch_size=8",
+    "eval_batch_size=3",
+    "data.num_workers=0",
+]
+
+
+def run(script: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, script, *overrides]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a three-step run on 24 clips; the demo world lies beside it."""
+    folder = tmp_path_factory.mktemp("run")
+    done = run("train.py", *SMALL, "steps=3", f"data.demo.root={folder.parent}/demo", f"hydra.run.dir={folder}")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_run_leaves_everything_that_is_promised(trained: Path):
+    assert {path.name for path in trained.iterdir()} == {
+        "checkpoint", "config.yaml", "history.jsonl", "loss.png", "metrics.json", "similarity.png",
+    }  # fmt: skip
+    assert {path.name for path in (trained / "checkpoint").iterdir()} == {
+        "config.yaml", "model.safetensors", "tokenizer.json",
+    }  # fmt: skip
+    metrics = json.loads((trained / "metrics.json").read_text())
+    directions = [
+        "text->audio", "audio->text", "text->video", "video->text", "audio->video", "video->audio",
+        "text->audio_video", "audio_video->text", "audio+text->video", "video->audio+text", "video+text->audio",
+        "audio->video+text",
+    ]  # fmt: skip
+    for direction in directions:
+        assert set(metrics[direction]) == {"R@1", "R@5", "R@10", "MedR", "MeanR", "MRR", "queries", "gallery"}
+        assert metrics[direction]["queries"] == metrics[direction]["gallery"] == 8
+
+
+def test_a_run_can_be_repeated_from_the_config_that_it_wrote(trained: Path):
+    written = yaml.safe_load((trained / "config.yaml").read_text())
+    config = from_dict(TrainConfig, written, source="config.yaml")
+    assert config.steps == 3 and config.data.demo.train_clips == 24 and config.model.text.hidden_size == 128
+
+
+def test_evaluation_of_the_checkpoint_gives_the_figures_of_the_run(trained: Path, tmp_path: Path):
+    world = [f"data.demo.root={trained.parent}/demo", *SMALL[:2], "data.num_workers=0"]
+    done = run("eval.py", f"checkpoint={trained}/checkpoint", *world, f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path, trained))
+    # one decodes into memory and encodes clip by clip, the other reads batches of ragged waveforms
+    assert {k: v for k, v in ours.items() if "->" in k} == {k: v for k, v in theirs.items() if "->" in k}
+    assert "text->audio" in done.stdout and "chance" in done.stdout
+
+
+def test_interrupting_a_run_saves_what_it_has(trained: Path, tmp_path: Path):
+    world = [*SMALL, "steps=100000", "log_every=1", f"data.demo.root={trained.parent}/demo"]
+    command = [sys.executable, "train.py", *world, f"hydra.run.dir={tmp_path}"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "history.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "saved to" in errors and "Traceback" not in errors
+    load_model(tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("script", "overrides", "expected"),
+    [
+        ("train.py", ["optim.lrr=1"], "unknown setting optim.lrr; did you mean optim.lr?"),
+        ("train.py", ["model=tinny"], "model=tinny is unknown; did you mean tiny?"),
+        ("train.py", ["steps=many"], "command line: steps: Value 'many'"),
+        ("train.py", ["batch_size=1"], "batch_size=1: a contrastive loss needs at least 2"),
+        ("train.py", ["data=manifest"], "data.train is not set"),
+        ("train.py", ["data=manifest", "data.train=nowhere.jsonl", "data.eval=x"], "nowhere.jsonl: no such manifest"),
+        ("train.py", ["device=warp"], "device=warp cannot be used here"),
+        ("train.py", ["loss.weights.audio_text=-1"], "loss.weights.audio_text=-1"),
+        ("eval.py", [], "checkpoint"),
+        ("eval.py", ["checkpoint=nowhere"], "nowhere: no config.yaml there"),
+    ],
+)
+def test_a_mistake_on_the_command_line_costs_one_line(script: str, overrides: list[str], expected: str, tmp_path: Path):
+    done = run(script, *overrides, f"hydra.run.dir={tmp_path}")
+    assert done.returncode != 0
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_unreadable_clips_are_listed_and_skipped(trained: Path, tmp_path: Path):
+    demo = trained.parent / "demo" / next(os.walk(trained.parent / "demo"))[1][0]
+    clips = [json.loads(line) for line in (demo / "train.jsonl").read_text().splitlines()]
+    lines = [{"id": clip["id"], "path": str(demo / clip["path"]), "caption": clip["caption"]} for clip in clips]
+    (tmp_path / "broken.mp4").write_bytes(b"not media")
+    lines[5]["path"], lines[7]["caption"] = "broken.mp4", "  "
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[10:18]))
+    data = [f"data.{part}={tmp_path}/{part}.jsonl" for part in ("train", "eval")]
+    common = ["data=manifest", *data, "batch_size=8", "data.num_workers=1", "steps=4"]
+
+    done = run("train.py", *common, "max_bad_fraction=0.1", f"hydra.run.dir={tmp_path}/run")
+    assert done.returncode == 0, done.stderr
+    bad = [json.loads(line) for line in (tmp_path / "run" / "bad_items.jsonl").read_text().splitlines()]
+    assert {item["id"] for item in bad} == {lines[5]["id"], lines[7]["id"]}
+    assert any("broken.mp4" in item["error"] for item in bad)
+    assert any("empty" in item["error"] for item in bad)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["bad_items"] == 2
+
+    done = run("train.py", *common, f"hydra.run.dir={tmp_path}/strict")
+    assert done.returncode != 0 and "max_bad_fraction=0.05" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_bad_items_are_counted_once_each(tmp_path: Path):
+    bad = BadItems(tmp_path / "bad.jsonl", total=20, max_fraction=0.05)
+    for _ in range(3):
+        bad.add([{"id": "a", "error": "torn"}])
+    with pytest.raises(ConfigError, match="2 of 20 items"):
+        bad.add([{"id": "b", "error": "torn"}])
+    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no clips"),
+        ("{", ":1: not JSON"),
+        ('{"path": "a.mp4"}', ':1: no text under "caption"'),
+        ("[1]", ':1: no text under "path"'),
+        ('{"path": "a", "caption": "x"}\n{"path": "a", "caption": "y"}', "1 ids stand more than once"),
+    ],
+)
+def test_a_manifest_that_is_none_is_refused(text: str, message: str, tmp_path: Path):
+    (tmp_path / "clips.jsonl").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_manifest(tmp_path / "clips.jsonl")
+
+
+def test_embedding_files_writes_what_the_model_gives(trained: Path, tmp_path: Path):
+    demo = trained.parent / "demo" / next(os.walk(trained.parent / "demo"))[1][0]
+    paths = [*sorted((demo / "eval").glob("*.mp4"))[:3], tmp_path / "broken.mp4"]
+    paths[3].write_bytes(b"not media")
+    model, processor = load_model(trained / "checkpoint"), Processor.from_pretrained(trained / "checkpoint")
+    failed = embed_files(model, processor, paths, tmp_path / "out.safetensors", batch_size=2)
+    written = load_file(tmp_path / "out.safetensors")
+    assert list(failed) == [str(paths[3])]
+    assert written["audio_index"].tolist() == written["video_index"].tolist() == [0, 1, 2]
+    with torch.no_grad():
+        for row, path in enumerate(paths[:3]):  # alone, and through the other door
+            batch = processor(audio=path, videos=path)
+            expected = model.get_audio_video_embeds(**batch)[0]
+            torch.testing.assert_close(written["audio_video"][row], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weight_decay_falls_on_matrices_only():
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Conv1d(4, 2, 3), nn.Embedding(5, 2))
+    model.register_parameter("class_token", nn.Parameter(torch.zeros(1, 1, 4)))
+    model[2].bias.requires_grad_(False)
+    decayed, free = build_optimizer(model, OptimConfig(weight_decay=0.3)).param_groups
+    assert {id(p) for p in decayed["params"]} == {id(model[i].weight) for i in (0, 2, 3)}
+    assert {id(p) for p in free["params"]} == {
+        id(p) for p in (model[0].bias, *model[1].parameters(), model.class_token)
+    }
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.3, 0.0)
+
+
+def test_the_learning_rate_warms_up_and_falls_as_half_a_cosine():
+    config = OptimConfig(lr=2.0, warmup_steps=4, final_lr_ratio=0.1)
+    optimizer = build_optimizer(nn.Linear(2, 2), config)
+    schedule = build_schedule(optimizer, config, steps=12)
+    rates = []
+    for _ in range(13):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    expected = [0.5, 1.0, 1.5, 2.0]
+    expected += [2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 8))) for step in range(9)]
+    assert rates == pytest.approx(expected)
+
+
+def test_the_tokenizer_writes_any_text_and_marks_its_ends():
+    tokenizer = train_tokenizer(["a small red ball", "a large blue box"] * 10, vocab_size=300)
+    encoded = tokenizer.encode("ein großer Ball 球")
+    assert encoded.tokens[0] == "[CLS]" and encoded.tokens[-1] == "[SEP]"
+    assert tokenizer.decode(encoded.ids).strip() == "ein großer Ball 球"
+    assert tokenizer.get_vocab_size() <= 300
+    with pytest.raises(ValueError, match="vocab_size=100"):
+        train_tokenizer(["x"], vocab_size=100)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the demo run at its real size: minutes each
+
+
+def demo_run(folder: Path, *overrides: str) -> dict[str, dict[str, float]]:
+    from pe_av.training.loop import Run
+
+    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        composed = compose("train", overrides=list(overrides))
+    config = from_dict(TrainConfig, OmegaConf.to_container(composed), source="test")
+    return Run(config, folder).train()
+
+
+@pytest.mark.slow
+def test_the_demo_reaches_what_the_readme_says(tmp_path: Path):
+    metrics = demo_run(tmp_path)
+    for direction, least in {"text->video": 50, "video->text": 50, "text->audio": 40, "audio->video": 25}.items():
+        assert metrics[direction]["R@1"] >= least, direction
+
+
+@pytest.mark.slow
+def test_the_published_loss_learns_next_to_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With labels eye(N) every pair is pulled together and none apart, so all embeddings become alike."""
+
+    def published(logits: Tensor) -> Tensor:
+        return -F.logsigmoid(torch.eye(len(logits)) * logits).sum() / len(logits)
+
+    monkeypatch.setattr("pe_av.model.peav.sigmoid_loss", published)
+    metrics = demo_run(tmp_path)
+    for direction, row in metrics.items():
+        assert row["R@1"] < 4, direction  # ten times chance; ours is above a hundred times
