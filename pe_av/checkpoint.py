@@ -61,10 +61,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     with torch.device("meta"):
         model = PEAudioVideo(config)
     _check_fit(model, weights, path)
-    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-    model.load_state_dict(weights, assign=True)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trainable[name])
+    model.load_state_dict(weights, assign=True)  # which keeps what is frozen frozen
     return model.eval()
 
 

@@ -349,8 +349,9 @@ def from_dict(schema: type, values: dict[str, Any], source: str) -> Any:
     Raises:
         ConfigError: unknown key (the nearest right one is named), wrong type or impossible value.
     """
+    merged = _merge(schema, values, source)
     try:
-        return OmegaConf.to_object(_merge(schema, values, source))
+        return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {error.full_key}: {str(error).splitlines()[0]}") from error
     except ConfigError as error:
@@ -430,7 +431,9 @@ def _check_keys(schema: type, values: dict[str, Any], source: str, prefix: str) 
         if key not in types:
             raise ConfigError(f"{source}: unknown setting {prefix}{key}{_nearest(str(key), types, prefix)}")
         inner = next((t for t in (types[key], *get_args(types[key])) if is_dataclass(t)), None)
-        if inner is not None and isinstance(value, dict):
+        if inner is not None and value is not None and not isinstance(value, dict):
+            raise ConfigError(f"{source}: {prefix}{key} is a section of settings, not {value!r}")
+        if inner is not None and value is not None:
             _check_keys(inner, value, source, prefix=f"{prefix}{key}.")
 
 

@@ -49,11 +49,11 @@ SHAPES = {
     "wedge": (3, cos(pi / 3), 1.35),
     "star": (5, 0.48, 1.3),
 }
-SIZES = {"small": (6.0, 1200.0), "medium": (10.5, 520.0), "large": (17.0, 220.0)}  # radius in pixels, pitch in Hz
+SIZES = {"small": (7.0, 1200.0), "medium": (11.5, 520.0), "large": (17.5, 220.0)}  # radius in pixels, pitch in Hz
 MOTIONS = {"bounces": "bouncing", "slides": "sliding", "spins": "spinning", "blinks": "blinking"}
 # events per second: contacts, sweeps, turns, flashes; three turns a second are 108° a frame, so that neither a box
 # (the same after 90°) nor a wedge (after 120°) seems to stand still
-TEMPOS = {"slowly": 1.3, "quickly": 3.0}
+TEMPOS = {"slowly": 1.0, "quickly": 3.0}
 PLACES = {"quiet": "on a quiet day", "rain": "in the rain", "factory": "in a factory"}
 COLOURS = {
     "red": (225, 35, 35),

@@ -24,8 +24,10 @@ class AudioEncoder(nn.Module):
         Returns:
             codec features (B, frames, codebook_dim) and their mask (B, frames) or None.
         """
-        frame_mask = None if padding_mask is None else padding_mask[:, :: self.codec.hop_length]
-        return self.codec(input_values, frame_mask), frame_mask
+        if padding_mask is None:
+            return self.codec(input_values), None
+        frame_mask = padding_mask[:, :: self.codec.hop_length]
+        return self.codec(input_values * padding_mask[:, None], frame_mask), frame_mask
 
     def forward(
         self, codec_features: Tensor, frame_mask: Tensor | None = None

@@ -1,6 +1,6 @@
 """PE-AV: audio, video, audio+video and text in one space (arXiv 2512.19687)."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,10 @@ from .audio import AudioEncoder
 from .codec import CodecEncoder
 from .fusion import FusionEncoder
 from .heads import ContrastiveHead, PairLogits
-from .text import ModernBERT
-from .transformer import TemporalTransformer
+from .text import ModernBERT, TextBlock
+from .transformer import Block, TemporalTransformer
 from .video import VideoEncoder
-from .vit import AttentionPool, VisionTransformer
+from .vit import AttentionPool, VisionBlock, VisionTransformer
 
 
 @dataclass
@@ -143,8 +143,8 @@ class PEAudioVideo(nn.Module):
             only = next(iter(given), None)
             remedy = f"for {only} alone use {use.get(only, f'get_{only}_embeds')}" if only else "got none"
             raise ValueError(f"forward needs two of text, audio and video: {remedy}")
-        if len({value.shape[0] for value in given.values()}) > 1:
-            counts = ", ".join(f"{value.shape[0]} of {name}" for name, value in given.items())
+        if len({len(value) for value in given.values() if value.dim()}) > 1:
+            counts = ", ".join(f"{len(value)} of {name}" for name, value in given.items())
             raise ValueError(
                 f"inputs of different batch size ({counts}): pair them, or embed each with its get_* method"
             )
@@ -174,6 +174,9 @@ class PEAudioVideo(nn.Module):
             setattr(out, f"{name}_last_hidden_state", features.sequence)
         if output_attentions:
             out.attentions = {name: features.attentions for name, features in towers.items()}
+        for name in loss_weights or {}:
+            if name not in PAIRINGS:
+                raise ValueError(f"loss_weights: {name} is no pairing; known are {', '.join(PAIRINGS)}")
         for pairing, (left, right) in PAIRINGS.items():
             if left in embeds and right in embeds:
                 logits = self.logits[pairing](embeds[left], embeds[right])
@@ -241,12 +244,11 @@ class PEAudioVideo(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """The repeated layers of all towers, in which nearly all of the memory and time goes."""
-        return [m for m in self.modules() if type(m).__name__ in ("Block", "TextBlock", "VisionBlock")]
+        return [module for module in self.modules() if isinstance(module, Block | TextBlock | VisionBlock)]
 
     def set_attention(self, implementation: str) -> None:
         """Compute attention by "eager", "sdpa" or "flex" from now on; the weights stay."""
-        self.config.attention = implementation
-        self.config.__post_init__()  # refuses what cannot be
+        self.config = replace(self.config, attention=implementation)  # which refuses what cannot be
         for module in self.modules():
             if hasattr(module, "implementation"):
                 module.implementation = implementation
@@ -263,17 +265,26 @@ class PEAudioVideo(nn.Module):
         return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
     def _text(self, input_ids: Tensor, mask: Tensor | None) -> Features:
-        _check(self, "input_ids", input_ids, 2, mask, "attention_mask", positions=input_ids.shape[-1])
-        if input_ids.is_floating_point():
+        _check(self, "input_ids", input_ids, 2, mask, "attention_mask", dim=1)
+        if input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"input_ids are {input_ids.dtype}: pass the tokenizer's integers")
         most = self.config.text.max_position_embeddings
         if input_ids.shape[1] > most:
             raise ValueError(f"input_ids have {input_ids.shape[1]} tokens, more than max_position_embeddings={most}")
+        if input_ids.shape[1] == 0:
+            raise ValueError("input_ids have no tokens: the tokenizer puts one even before an empty caption")
+        if _values_can_be_read(self, input_ids):
+            known = self.config.text.vocab_size
+            wrong = input_ids[(input_ids < 0) | (input_ids >= known)]
+            if wrong.numel():
+                raise ValueError(
+                    f"input_ids have {wrong[0]}, which is not in the vocabulary of {known}: wrong tokenizer?"
+                )
         sequence, attentions = self.text(input_ids, mask)
         return Features(sequence[:, 0], sequence, mask, attentions)
 
     def _audio(self, input_values: Tensor, mask: Tensor | None) -> Features:
-        _check(self, "input_values", input_values, 3, mask, "padding_mask", positions=input_values.shape[-1])
+        _check(self, "input_values", input_values, 3, mask, "padding_mask", dim=2)
         hop = self.audio.codec.hop_length
         if input_values.shape[1] != 1:
             raise ValueError(f"input_values are {tuple(input_values.shape)}: average the channels to (B, 1, samples)")
@@ -281,26 +292,25 @@ class PEAudioVideo(nn.Module):
             raise ValueError(
                 f"input_values have {input_values.shape[2]} samples, not whole hops of {hop}: the Processor pads them"
             )
-        return self._codec_features(*self.audio.encode(input_values, mask))
+        return self._codec_features(*self.audio.encode(input_values.to(self.audio.codec.to_mean.weight.dtype), mask))
 
     def _codec_features(self, features: Tensor, mask: Tensor | None) -> Features:
-        _check(self, "codec_features", features, 3, mask, "padding_mask", positions=features.shape[1])
+        _check(self, "codec_features", features, 3, mask, "padding_mask", dim=1)
         width = self.config.audio.codec.codebook_dim
-        if features.shape[2] != width:
-            raise ValueError(f"codec_features are {tuple(features.shape)}, not (B, frames, codebook_dim={width})")
-        pooled, sequence, attentions = self.audio(features, mask)
+        if features.shape[2] != width or features.shape[1] == 0:
+            raise ValueError(f"codec_features are {tuple(features.shape)}, not (B, frames >= 1, codebook_dim={width})")
+        pooled, sequence, attentions = self.audio(features.to(self.audio.data_proj.weight.dtype), mask)
         return Features(pooled, sequence, mask, attentions)
 
     def _video(self, pixel_values_videos: Tensor, mask: Tensor | None) -> Features:
-        frames = pixel_values_videos.shape[1] if pixel_values_videos.dim() > 1 else 0
-        _check(self, "pixel_values_videos", pixel_values_videos, 5, mask, "padding_mask_videos", positions=frames)
+        _check(self, "pixel_values_videos", pixel_values_videos, 5, mask, "padding_mask_videos", dim=1)
         size = self.config.video.vision.image_size
         if pixel_values_videos.shape[2:] != (3, size, size) or pixel_values_videos.shape[1] == 0:
             raise ValueError(
                 f"pixel_values_videos are {tuple(pixel_values_videos.shape)}, not (B, frames >= 1, 3, {size}, {size}): "
                 "the Processor resizes them"
             )
-        pooled, sequence, attentions = self.video(pixel_values_videos, mask)
+        pooled, sequence, attentions = self.video(pixel_values_videos.to(self.video.proj.weight.dtype), mask)
         return Features(pooled, sequence, mask, attentions)
 
     def _fuse(self, audio: Features, video: Features) -> Features:
@@ -407,8 +417,12 @@ def _temporal(config: TransformerConfig, attention: str) -> TemporalTransformer:
     )
 
 
+def _values_can_be_read(model: nn.Module, value: Tensor) -> bool:
+    return not (model.training or value.is_meta or torch.compiler.is_compiling())
+
+
 def _check(
-    model: nn.Module, name: str, value: Tensor, dims: int, mask: Tensor | None, mask_name: str, positions: int
+    model: nn.Module, name: str, value: Tensor, dims: int, mask: Tensor | None, mask_name: str, dim: int
 ) -> None:
     """Shapes and types always; values only outside training, where a copy to the host does no harm."""
     if value.dim() != dims:
@@ -418,9 +432,11 @@ def _check(
     if mask is not None:
         if mask.dtype != torch.bool:
             raise ValueError(f"{mask_name} is {mask.dtype}: pass bool, True where valid")
-        if mask.shape != (value.shape[0], positions):
-            raise ValueError(f"{mask_name} is {tuple(mask.shape)}, not {(value.shape[0], positions)} as {name} needs")
-    if model.training or value.is_meta or torch.compiler.is_compiling():
+        if mask.shape != (value.shape[0], value.shape[dim]):
+            raise ValueError(
+                f"{mask_name} is {tuple(mask.shape)}, not {(value.shape[0], value.shape[dim])} as {name} needs"
+            )
+    if not _values_can_be_read(model, value):
         return
     if dims > 2 and not value.isfinite().all():
         rows = (~value.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()

@@ -36,7 +36,7 @@ def attend(
     if implementation == "flex":
         blocks = None
         if mask is not None:
-            full = mask.expand(mask.shape[0], 1, q.shape[2], k.shape[2])
+            full = mask.expand(q.shape[0], 1, q.shape[2], k.shape[2])  # the kernel asks for every row of q
             blocks = create_block_mask(
                 lambda b, h, i, j: full[b, 0, i, j], mask.shape[0], None, *full.shape[2:], device=mask.device
             )

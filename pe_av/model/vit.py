@@ -54,7 +54,7 @@ class VisionBlock(nn.Module):
 class AttentionPool(nn.Module):
     """One learned query looks at all tokens, then a residual MLP: (B, T, D) -> (B, D)."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, num_heads: int, attention: str):
+    def __init__(self, hidden_size: int, num_heads: int, attention: str):
         super().__init__()
         self.num_heads, self.implementation = num_heads, attention
         self.probe = nn.Parameter(torch.empty(1, 1, hidden_size))
@@ -62,7 +62,7 @@ class AttentionPool(nn.Module):
         self.kv = nn.Linear(hidden_size, 2 * hidden_size)
         self.out = nn.Linear(hidden_size, hidden_size)
         self.mlp_norm = nn.LayerNorm(hidden_size)
-        self.mlp = MLP(hidden_size, intermediate_size)
+        self.mlp = MLP(hidden_size, 4 * hidden_size)  # whatever the layers have: G14's are 8960 / 1536 times as wide
 
     def forward(self, x: Tensor) -> Tensor:
         q = rearrange(self.q(self.probe), "b t (h d) -> b h t d", h=self.num_heads).expand(x.shape[0], -1, -1, -1)
@@ -104,7 +104,7 @@ class VisionTransformer(nn.Module):
             for _ in range(num_hidden_layers)
         )
         self.post_norm = nn.LayerNorm(hidden_size)
-        self.pool = AttentionPool(hidden_size, intermediate_size, pool_heads, attention)
+        self.pool = AttentionPool(hidden_size, pool_heads, attention)
         self.proj = nn.Linear(hidden_size, output_dim, bias=False)
 
     def forward(self, pixels: Tensor) -> Tensor:

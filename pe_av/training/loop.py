@@ -59,6 +59,9 @@ class Run:
             raise ConfigError(f"{len(train_clips)} clips do not fill batch_size={config.batch_size}: lower it")
         self.bad = BadItems(folder / "bad_items.jsonl", len(train_clips) + len(eval_clips), config.max_bad_fraction)
         self.model, self.processor = self._model(train_clips)
+        counts = self.model.parameter_counts()
+        listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        self.console.print(f"{sum(counts.values()):,} parameters: {listed}", soft_wrap=True)
         if config.gradient_checkpointing:
             recompute_blocks(self.model)
         self.train_loader, self.eval_loader = self._loaders(train_clips, eval_clips)
