@@ -241,7 +241,6 @@ class DemoConfig:
 class DataConfig:
     """Clips with captions. A manifest is a JSONL file of {"path", "caption"} and optionally "id"."""
 
-    name: str = "manifest"
     train: str | None = None  # manifest to train on
     eval: str | None = None  # manifest to evaluate on
     demo: DemoConfig | None = None  # render the demo world and use its two manifests

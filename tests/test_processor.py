@@ -16,6 +16,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from pe_av.config import AudioConfig, CodecConfig, ConfigError, ModelConfig, TextConfig, VideoConfig, VisionConfig
+from pe_av.data.dataset import Collate
 from pe_av.data.media import MediaError, read_audio, read_frames
 from pe_av.data.processor import Processor
 
@@ -440,7 +441,9 @@ def test_a_dataset_makes_the_same_batch_in_two_steps(processor, clip):
     clips = [processor.load_clip(clip), processor.load_clip(clip, max_seconds=0.5)]
     assert clips[0]["waveform"].shape == (25 * HOP,) and clips[0]["waveform"].dtype == torch.float32
     assert clips[1]["frames"].shape == (13, 3, SIZE, SIZE) and clips[1]["frames"].dtype == torch.uint8
-    batch = processor.collate_clips(clips, ["a dog", "at night"])
+    captions = ["a dog", "at night"]
+    items = [{"id": text, "caption": text, **item} for text, item in zip(captions, clips, strict=True)]
+    batch = Collate(processor)(items)["inputs"]
     whole = processor(text=["a dog", "at night"], audio=[clip, clip], videos=[clip, clip])
     assert set(batch) == set(whole)
     for name, rows in batch.items():

@@ -2,7 +2,7 @@
 
 One path for everyone: `audio_item` and `video_item` bring one item to the model's rate and size, and `batch_text`,
 `batch_audio` and `batch_videos` pad items into a batch. Calling the processor does both; a dataset does the first in
-its workers (`load_clip`) and may keep the results, frames still as bytes, before `collate_clips` does the second.
+its workers (`load_clip`), may keep the results (frames still as bytes), and lets `data.dataset.Collate` do the second.
 """
 
 import math
@@ -184,14 +184,6 @@ class Processor:
 
     # -----------------------------------------------------------------------------------------------------------------
     # items to a batch
-
-    def collate_clips(self, clips: Sequence[dict[str, Tensor]], captions: Sequence[str]) -> dict[str, Tensor]:
-        """The batch, as the call gives it, of clips from `load_clip` and their captions."""
-        return {
-            **self.batch_text(captions),
-            **self.batch_audio([clip["waveform"] for clip in clips]),
-            **self.batch_videos([clip["frames"] for clip in clips]),
-        }
 
     def batch_text(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Captions to `input_ids` and `attention_mask` (B, T): the tokenizer's special tokens around the words, cut to

@@ -21,9 +21,8 @@ class PairLogits(nn.Module):
 
     def __init__(self, scale: float, bias: float):
         super().__init__()
-        self.initial = (scale, bias)
-        self.scale = nn.Parameter(torch.empty(1))
-        self.bias = nn.Parameter(torch.empty(1))
+        self.scale = nn.Parameter(torch.full((1,), scale))
+        self.bias = nn.Parameter(torch.full((1,), bias))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x (N, D), y (M, D) -> (N, M) float32."""

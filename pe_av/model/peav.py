@@ -346,9 +346,6 @@ class PEAudioVideo(nn.Module):
                         nn.init.normal_(module.position, std=std)
                 elif isinstance(module, AttentionPool):
                     nn.init.normal_(module.probe, std=std)
-        for pair in self.logits.values():
-            nn.init.constant_(pair.scale, config.logit_scale_init)
-            nn.init.constant_(pair.bias, config.logit_bias_init)
 
 
 def _text(config: TextConfig, attention: str) -> ModernBERT:
