@@ -2,6 +2,7 @@
 
 from .checkpoint import build_model, load_model, save_model
 from .data.processor import Processor
+from .model.frame import PEAudioFrame
 from .model.peav import PEAudioVideo
 
-__all__ = ["PEAudioVideo", "Processor", "build_model", "load_model", "save_model"]
+__all__ = ["PEAudioFrame", "PEAudioVideo", "Processor", "build_model", "load_model", "save_model"]

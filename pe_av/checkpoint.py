@@ -4,18 +4,21 @@ Nothing in the folder can run code: the config is checked against dataclasses, a
 """
 
 import os
-from dataclasses import asdict
+from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .config import ModelConfig, load_preset, read_yaml
+from .config import ConfigError, FrameConfig, ModelConfig, load_preset, model_config_yaml, read_model_config
+from .model.frame import PEAudioFrame
 from .model.peav import PEAudioVideo
 
 CONFIG_FILE, WEIGHTS_FILE = "config.yaml", "model.safetensors"
+
+Model = PEAudioVideo | PEAudioFrame
 
 
 class CheckpointError(ValueError):
@@ -23,49 +26,57 @@ class CheckpointError(ValueError):
 
 
 def build_model(
-    config: str | ModelConfig, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> PEAudioVideo:
+    config: str | ModelConfig | FrameConfig, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Model:
     """A model with random weights, in eval mode.
 
     Args:
-        config: the name of a file in `configs/model/`, e.g. "large", or a config.
+        config: the name of a file in `configs/model/`, e.g. "large", or a config, which decides the class.
         device: "meta" gives the shapes without the memory.
         dtype: of the weights; None: float32.
     """
     if isinstance(config, str):
         config = load_preset(config)
     with torch.device(device):
-        model = PEAudioVideo(config)
+        model = PEAudioVideo(config) if isinstance(config, ModelConfig) else PEAudioFrame(config)
     return model.to(dtype=dtype).eval()
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> PEAudioVideo:
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    towers: Sequence[str] | None = None,
+) -> Model:
     """The model of a native checkpoint folder, in eval mode.
 
     Args:
         dtype: of the weights; None: as stored.
+        towers: the parts that you need, of "text", "audio", "video" and "fusion", e.g. ("audio", "text"): the others
+            are neither read nor built, and the model makes the embeddings that these allow. None: everything.
     Raises:
         CheckpointError: no such folder, unreadable weights, or weights that do not fit the config.
-        ConfigError: the config has an unknown key or an impossible value.
+        ConfigError: the config has an unknown key or an impossible value, or `towers` are not the model's.
     """
     path = Path(path)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
-            raise CheckpointError(f"{path}: no {name} there, so this is no native checkpoint folder")
-    config = read_yaml(ModelConfig, path / CONFIG_FILE)
-    try:
-        with safe_open(path / WEIGHTS_FILE, framework="pt", device=str(device)) as file:
-            weights = {name: file.get_tensor(name).to(dtype=dtype) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{path / WEIGHTS_FILE}: not a whole safetensors file ({error})") from error
-    with torch.device("meta"):
-        model = PEAudioVideo(config)
-    _check_fit(model, weights, path)
+            raise CheckpointError(f"{path}: no {name} there, so this is no native checkpoint folder{_hint(path)}")
+    config = read_model_config(path / CONFIG_FILE)
+    model = build_model(config, "meta")
+    with open_weights(path / WEIGHTS_FILE, device) as file:
+        _check_fit(model, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, path)  # noqa: SIM118
+        if towers is not None:
+            if isinstance(config, FrameConfig):
+                raise ConfigError("towers: PEAudioFrame needs both of its towers; leave the argument out")
+            model = build_model(config.keep(towers), "meta")
+        # memory-mapped: what is not asked for is never read from the disk
+        weights = {name: file.get_tensor(name).to(dtype=dtype) for name in model.state_dict()}
     model.load_state_dict(weights, assign=True)  # which keeps what is frozen frozen
     return model.eval()
 
 
-def save_model(model: PEAudioVideo, path: str | Path) -> None:
+def save_model(model: Model, path: str | Path) -> None:
     """Write a native checkpoint folder, replacing the files of an older one each at once."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -73,14 +84,31 @@ def save_model(model: PEAudioVideo, path: str | Path) -> None:
     # written beside and renamed, so that a crash never leaves half a file under the final name
     save_file(weights, path / f"{WEIGHTS_FILE}.part", metadata={"format": "pt"})
     os.replace(path / f"{WEIGHTS_FILE}.part", path / WEIGHTS_FILE)
-    text = yaml.safe_dump(asdict(model.config), sort_keys=False)
-    (path / f"{CONFIG_FILE}.part").write_text(text, encoding="utf-8")
+    (path / f"{CONFIG_FILE}.part").write_text(model_config_yaml(model.config), encoding="utf-8")
     os.replace(path / f"{CONFIG_FILE}.part", path / CONFIG_FILE)
 
 
-def _check_fit(model: PEAudioVideo, weights: dict[str, torch.Tensor], path: Path) -> None:
+@contextmanager
+def open_weights(path: Path, device: str | torch.device = "cpu"):
+    """The safetensors file at `path`, memory-mapped.
+
+    Raises:
+        CheckpointError: it is truncated, damaged, or something else, such as a pickle, which is never read.
+    """
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            yield file
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def _hint(path: Path) -> str:
+    published = (path / "config.json").is_file()
+    return "; config.json is a published format's: python convert.py source=… target=… makes one" if published else ""
+
+
+def _check_fit(model: Model, found: dict[str, tuple[int, ...]], path: Path) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = [f"missing {name}" for name in expected.keys() - found.keys()]
     wrong += [f"unknown {name}" for name in found.keys() - expected.keys()]
     wrong += [

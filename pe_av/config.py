@@ -7,7 +7,7 @@ The defaults of the model's parts are those of the published `large` model. Noth
 import difflib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -24,6 +24,19 @@ PAIRINGS: dict[str, tuple[str, str]] = {
     "audio_plus_text_video": ("audio_plus_text", "video"),
     "video_plus_text_audio": ("video_plus_text", "audio"),
 }
+
+# the parts that each embedding is made with
+HEADS: dict[str, tuple[str, ...]] = {
+    "audio": ("audio",),
+    "video": ("video",),
+    "audio_video": ("audio", "video", "fusion"),
+    "text_audio": ("text",),
+    "text_video": ("text",),
+    "text_audio_video": ("text",),
+    "audio_plus_text": ("audio", "text"),
+    "video_plus_text": ("video", "text"),
+}
+TOWERS = ("text", "audio", "video", "fusion")
 
 ATTENTIONS = ("eager", "sdpa", "flex")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")  # the names that published configs use
@@ -153,6 +166,7 @@ class VisionConfig:
     num_hidden_layers: int = 24
     num_attention_heads: int = 16
     output_dim: int = 1024
+    proj_bias: bool = False  # of the projection to output_dim: the original has none, transformers one that starts at 0
     use_class_token: bool = True
     pool_heads: int = 8  # heads of the attention pooling
     rope_theta: float = 10_000.0
@@ -207,20 +221,54 @@ class ModelConfig:
     audio: AudioConfig = field(default_factory=AudioConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     fusion: TransformerConfig = field(default_factory=lambda: TransformerConfig(num_hidden_layers=6))
+    heads: list[str] = field(default_factory=lambda: list(HEADS))  # the embeddings; parts that none needs are not built
     output_dim: int = 1024  # width of the shared space
     attention: str = "sdpa"  # eager (can return the weights) | sdpa | flex
     logit_scale_init: float = 10.0  # s and b of every pairing at the start (arXiv 2303.15343, section 3.2)
     logit_bias_init: float = -10.0
 
     def __post_init__(self) -> None:
-        _one_of("attention", self.attention, ATTENTIONS)
-        if self.attention == "flex":
-            parts = {"text": self.text, "audio": self.audio.transformer, "video": self.video.transformer}
-            for name, part in (parts | {"fusion": self.fusion}).items():
-                _require(
-                    part.attention_dropout == 0,
-                    f"{name}: attention_dropout={part.attention_dropout} needs attention=sdpa or eager; flex has none",
-                )
+        for name in self.heads:
+            _one_of("heads", name, list(HEADS))
+        _require(len(set(self.heads)) == len(self.heads) > 0, f"heads={self.heads} is empty or names one twice")
+        parts = {"text": self.text, "audio": self.audio.transformer, "video": self.video.transformer}
+        _check_attention(self.attention, parts | {"fusion": self.fusion})
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """The parts that some head needs."""
+        return tuple(tower for tower in TOWERS if any(tower in HEADS[name] for name in self.heads))
+
+    def keep(self, towers: Sequence[str]) -> "ModelConfig":
+        """The same model without the heads, and so without the parts, that need more than `towers`.
+
+        Raises:
+            ConfigError: an unknown part, one that this model does not have, or none whose head would be left.
+        """
+        for tower in towers:
+            _one_of("towers", tower, TOWERS)
+            _require(tower in self.towers, f"towers={tower}: this model has only {', '.join(self.towers)}")
+        heads = [name for name in self.heads if set(HEADS[name]) <= set(towers)]
+        _require(bool(heads), f"towers={tuple(towers)} leave no embedding; fusion needs audio and video")
+        return replace(self, heads=heads)
+
+
+@dataclass
+class FrameConfig:
+    """PE-A-Frame: text and audio towers, and an embedding for every audio frame."""
+
+    text: TextConfig = field(default_factory=TextConfig)
+    audio: AudioConfig = field(default_factory=AudioConfig)
+    output_dim: int = 1024  # width of the shared space
+    attention: str = "sdpa"  # eager | sdpa | flex
+    logit_scale_init: float = 10.0
+    logit_bias_init: float = -10.0
+
+    def __post_init__(self) -> None:
+        _check_attention(self.attention, {"text": self.text, "audio": self.audio.transformer})
+
+
+ARCHITECTURES = {"PEAudioVideo": ModelConfig, "PEAudioFrame": FrameConfig}  # the names stand in checkpoints
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -288,6 +336,15 @@ class OptimConfig:
 
 
 @dataclass
+class InitConfig:
+    """Weights to start single towers from, trained elsewhere (conversion/warm_start.py); None: random."""
+
+    text: str | None = None  # ModernBERT: transformers folder with its tokenizer.json
+    vision: str | None = None  # PE-Core: timm's safetensors or the original's .pt
+    codec: str | None = None  # DAC: transformers folder
+
+
+@dataclass
 class TrainConfig:
     """`python train.py`: everything about a run; a copy is written into its folder."""
 
@@ -296,6 +353,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: str | None = None  # native checkpoint to start from, which then decides `model`; None: random weights
+    init: InitConfig = field(default_factory=InitConfig)  # or single towers from elsewhere
     seed: int = 0
     steps: int = 1000
     batch_size: int = 64
@@ -312,6 +370,10 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} is not positive")
         _require(self.batch_size >= 2, f"batch_size={self.batch_size}: a contrastive loss needs at least 2")
         _one_of("precision", self.precision, ("auto", "fp32", "bf16"))
+        _require(
+            self.checkpoint is None or not any(asdict(self.init).values()),
+            "checkpoint and init are both set: a checkpoint fills every tower; leave one out",
+        )
 
 
 @dataclass
@@ -328,6 +390,18 @@ class EvalConfig:
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, f"batch_size={self.batch_size} is not positive")
         _one_of("precision", self.precision, ("auto", "fp32", "bf16"))
+
+
+@dataclass
+class ConvertConfig:
+    """`python convert.py`: a checkpoint of another format, to ours or to transformers'."""
+
+    source: str = "???"  # folder, or name on the Hugging Face hub, optionally with "@revision"
+    target: str = "???"  # folder that does not exist yet
+    to: str = "native"  # native | hf
+
+    def __post_init__(self) -> None:
+        _one_of("to", self.to, ("native", "hf"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -359,6 +433,10 @@ def from_dict(schema: type, values: dict[str, Any], source: str) -> Any:
 
 def read_yaml(schema: type, path: Path) -> Any:
     """The YAML file at `path` as the dataclass `schema`."""
+    return from_dict(schema, _read_mapping(path), source=str(path))
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -367,7 +445,22 @@ def read_yaml(schema: type, path: Path) -> Any:
         raise ConfigError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds {type(values).__name__}, not a mapping of settings")
-    return from_dict(schema, values, source=str(path))
+    return values
+
+
+def read_model_config(path: Path) -> ModelConfig | FrameConfig:
+    """The `config.yaml` of a native checkpoint; which model it is of stands under `architecture`."""
+    values = _read_mapping(path)
+    architecture = values.pop("architecture", None)
+    if architecture not in ARCHITECTURES:
+        raise ConfigError(f"{path}: architecture={architecture} is none of {', '.join(ARCHITECTURES)}")
+    return from_dict(ARCHITECTURES[architecture], values, source=str(path))
+
+
+def model_config_yaml(config: ModelConfig | FrameConfig) -> str:
+    """What `read_model_config` reads."""
+    architecture = next(name for name, schema in ARCHITECTURES.items() if type(config) is schema)
+    return yaml.safe_dump({"architecture": architecture} | asdict(config), sort_keys=False)
 
 
 def model_presets() -> list[str]:
@@ -443,6 +536,15 @@ def _nearest(word: str, known: Sequence[str], prefix: str = "") -> str:
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> None:
     _require(value in known, f"{name}={value} is unknown{_nearest(str(value), known)}")
+
+
+def _check_attention(attention: str, parts: dict[str, TransformerConfig | TextConfig]) -> None:
+    _one_of("attention", attention, ATTENTIONS)
+    for name, part in parts.items():
+        _require(
+            attention != "flex" or part.attention_dropout == 0,
+            f"{name}: attention_dropout={part.attention_dropout} needs attention=sdpa or eager; flex has none",
+        )
 
 
 def _require(condition: bool, message: str) -> None:

@@ -97,7 +97,7 @@ def test_build_model(dtype: torch.dtype | None):
 def test_config_is_plain_yaml(folder: Path, model: PEAudioVideo):
     """To be read by people and other programs: nothing but names and values, nothing that names a class."""
     text = (folder / CONFIG).read_text(encoding="utf-8")
-    assert yaml.safe_load(text) == asdict(model.config)
+    assert yaml.safe_load(text) == {"architecture": "PEAudioVideo"} | asdict(model.config)
     assert "!" not in text and "_target_" not in text
 
 

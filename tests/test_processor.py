@@ -4,18 +4,25 @@ values worked out by hand."""
 import math
 import pickle
 import wave
-from dataclasses import asdict
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from pe_av.config import AudioConfig, CodecConfig, ConfigError, ModelConfig, TextConfig, VideoConfig, VisionConfig
+from pe_av.config import (
+    AudioConfig,
+    CodecConfig,
+    ConfigError,
+    ModelConfig,
+    TextConfig,
+    VideoConfig,
+    VisionConfig,
+    model_config_yaml,
+)
 from pe_av.data.dataset import Collate
 from pe_av.data.media import MediaError, read_audio, read_frames
 from pe_av.data.processor import Processor
@@ -129,7 +136,7 @@ def test_text_without_a_tokenizer_says_what_to_do():
 
 def test_a_folder_gives_back_the_processor(tmp_path):
     config = make_config(max_tokens=5)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(asdict(config)))
+    (tmp_path / "config.yaml").write_text(model_config_yaml(config))
     bare = Processor.from_pretrained(tmp_path)
     assert bare.tokenizer is None
     bare.save_pretrained(tmp_path)
@@ -144,7 +151,7 @@ def test_a_folder_gives_back_the_processor(tmp_path):
 def test_a_broken_folder_is_named(tmp_path):
     with pytest.raises(ConfigError, match="config.yaml: no such file"):
         Processor.from_pretrained(tmp_path)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(asdict(make_config())))
+    (tmp_path / "config.yaml").write_text(model_config_yaml(make_config()))
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer .*; replace it by the model's own"):
         Processor.from_pretrained(tmp_path)

@@ -33,7 +33,7 @@ from rich.progress import track
 
 from pe_av.config import ConfigError, DemoConfig
 
-WORLD_VERSION = 1  # raise it with every change of what is rendered: finished folders are found by it
+WORLD_VERSION = 2  # raise it with every change of what is rendered: finished folders are found by it
 
 SIDE = 64  # pixels
 NUM_FRAMES = 16
@@ -49,7 +49,7 @@ SHAPES = {
     "wedge": (3, cos(pi / 3), 1.35),
     "star": (5, 0.48, 1.3),
 }
-SIZES = {"small": (7.0, 1200.0), "medium": (11.5, 520.0), "large": (17.5, 220.0)}  # radius in pixels, pitch in Hz
+SIZES = {"small": (9.0, 1200.0), "medium": (13.0, 520.0), "large": (18.5, 220.0)}  # radius in pixels, pitch in Hz
 MOTIONS = {"bounces": "bouncing", "slides": "sliding", "spins": "spinning", "blinks": "blinking"}
 # events per second: contacts, sweeps, turns, flashes; three turns a second are 108° a frame, so that neither a box
 # (the same after 90°) nor a wedge (after 120°) seems to stand still

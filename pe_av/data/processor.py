@@ -20,8 +20,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from pe_av.config import ModelConfig, read_yaml
+from pe_av.config import FrameConfig, ModelConfig, read_model_config
 from pe_av.data.media import CHUNK, MediaError, iter_frames, read_audio, require_positive, spread_indices
+from pe_av.data.tokenizer import read_tokenizer
 
 Media = str | Path | Tensor | np.ndarray
 
@@ -34,7 +35,7 @@ class Processor:
         tokenizer: needed for text only. It is copied, so its own truncation and padding neither matter nor change.
     """
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None = None):
+    def __init__(self, config: ModelConfig | FrameConfig, tokenizer: Tokenizer | None = None):
         self.config = config
         self.tokenizer = tokenizer
         self._encoder = None
@@ -51,14 +52,8 @@ class Processor:
             ConfigError: `config.yaml` is missing or wrong.
             ValueError: `tokenizer.json` is not a tokenizer.
         """
-        config = read_yaml(ModelConfig, Path(path) / "config.yaml")
-        file = Path(path) / "tokenizer.json"
-        if not file.exists():
-            return cls(config)
-        try:
-            return cls(config, Tokenizer.from_file(str(file)))
-        except Exception as error:  # tokenizers raises nothing narrower
-            raise ValueError(f"{file}: not a tokenizer ({error}); replace it by the model's own") from error
+        config = read_model_config(Path(path) / "config.yaml")
+        return cls(config, read_tokenizer(path) if (Path(path) / "tokenizer.json").exists() else None)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write `tokenizer.json`, if there is a tokenizer, into the folder; `config.yaml` comes with the model."""
@@ -156,7 +151,10 @@ class Processor:
             (F, 3, S, S) uint8.
         Raises:
             MediaError: the item cannot be used.
+            ValueError: the model has no video.
         """
+        if isinstance(self.config, FrameConfig):
+            raise ValueError("PEAudioFrame reads text and audio only: leave videos= out")
         config = self.config.video
         if isinstance(video, str | Path):
             pieces = iter_frames(video, config.num_frames, config.frames_per_second, max_seconds)

@@ -1,6 +1,7 @@
-"""A byte-level BPE tokenizer made from a training set's captions, for models that start from random weights."""
+"""Tokenizers: a checkpoint's own, or a byte-level BPE made from a training set's captions, for random weights."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -30,3 +31,21 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
     )
     return tokenizer
+
+
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    """The `tokenizer.json` in the folder `path`, or beside the file `path`.
+
+    Raises:
+        ValueError: there is none, or it is no tokenizer.
+    """
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(
+            f"{file}: no such file; text weights are of no use without the tokenizer they were trained with"
+        )
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"{file}: not a tokenizer ({error}); replace it by the model's own") from None

@@ -25,6 +25,6 @@ class PairLogits(nn.Module):
         self.bias = nn.Parameter(torch.full((1,), bias))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """x (N, D), y (M, D) -> (N, M) float32."""
+        """x (…, N, D), y (…, M, D) -> (…, N, M) float32."""
         with torch.autocast(x.device.type, enabled=False):
-            return self.scale.float() * (x.float() @ y.float().T) + self.bias.float()
+            return self.scale.float() * (x.float() @ y.float().mT) + self.bias.float()

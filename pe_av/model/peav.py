@@ -5,16 +5,14 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
-from ..config import PAIRINGS, CodecConfig, ModelConfig, TextConfig, TransformerConfig, VisionConfig
+from ..config import HEADS, PAIRINGS, ModelConfig
 from ..loss import sigmoid_loss
-from .audio import AudioEncoder
-from .codec import CodecEncoder
-from .fusion import FusionEncoder
+from .build import build_audio, build_fusion, build_text, build_video, init_linear
+from .features import Features, audio_features, codec_to_features, text_features, video_features
 from .heads import ContrastiveHead, PairLogits
-from .text import ModernBERT, TextBlock
-from .transformer import Block, TemporalTransformer
-from .video import VideoEncoder
-from .vit import AttentionPool, VisionBlock, VisionTransformer
+from .text import TextBlock
+from .transformer import Block
+from .vit import VisionBlock
 
 
 @dataclass
@@ -57,53 +55,39 @@ class PEAudioVideoOutput:
         return {name.removesuffix("_embeds"): value for name, value in found.items() if value is not None}
 
 
-@dataclass
-class Features:
-    """What a tower gives: its pooled (B, D) vector, its sequence (B, T, D), its mask (B, T) and attention weights."""
-
-    pooled: Tensor
-    sequence: Tensor
-    mask: Tensor | None
-    attentions: list[Tensor | None]
-
-
 class PEAudioVideo(nn.Module):
     """Three towers, a fusion of two of them, eight heads, and a scale and bias per pairing."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        audio, video, attention = config.audio.transformer, config.video.transformer, config.attention
-        text_size, output = config.text.hidden_size, config.output_dim
-        self.text = _text(config.text, attention)
-        self.audio = AudioEncoder(
-            _codec(config.audio.codec), _temporal(audio, attention), config.audio.codec.codebook_dim, audio.hidden_size
-        )
-        self.video = VideoEncoder(
-            _vision(config.video.vision, attention),
-            _temporal(video, attention),
-            config.video.vision.output_dim,
-            video.hidden_size,
-        )
-        self.fusion = FusionEncoder(
-            _temporal(config.fusion, attention), audio.hidden_size, video.hidden_size, config.fusion.hidden_size
-        )
-        self.heads = nn.ModuleDict(
+        towers, attention = config.towers, config.attention
+        self.text = build_text(config.text, attention) if "text" in towers else None
+        self.audio = build_audio(config.audio, attention) if "audio" in towers else None
+        self.video = build_video(config.video, attention) if "video" in towers else None
+        self.fusion = build_fusion(config, attention) if "fusion" in towers else None
+        size = {
+            "text": config.text.hidden_size,
+            "audio": config.audio.transformer.hidden_size,
+            "video": config.video.transformer.hidden_size,
+            "fusion": config.fusion.hidden_size,
+        }
+        self.heads = nn.ModuleDict()
+        for name in config.heads:
+            read = HEADS[name] if name.endswith("_plus_text") else HEADS[name][-1:]
+            self.heads[name] = ContrastiveHead(sum(size[part] for part in read), config.output_dim)
+        self.logits = nn.ModuleDict(
             {
-                "audio": ContrastiveHead(audio.hidden_size, output),
-                "video": ContrastiveHead(video.hidden_size, output),
-                "audio_video": ContrastiveHead(config.fusion.hidden_size, output),
-                "text_audio": ContrastiveHead(text_size, output),
-                "text_video": ContrastiveHead(text_size, output),
-                "text_audio_video": ContrastiveHead(text_size, output),
-                "audio_plus_text": ContrastiveHead(audio.hidden_size + text_size, output),
-                "video_plus_text": ContrastiveHead(video.hidden_size + text_size, output),
+                pairing: PairLogits(config.logit_scale_init, config.logit_bias_init)
+                for pairing, sides in PAIRINGS.items()
+                if set(sides) <= set(config.heads)
             }
         )
-        self.logits = nn.ModuleDict(
-            {pairing: PairLogits(config.logit_scale_init, config.logit_bias_init) for pairing in PAIRINGS}
-        )
-        self._initialize()
+        init_linear(self.heads, config.fusion.initializer_range)
+        # the heads of the text start equal, so that sound and picture of a clip are drawn to one place from the start
+        texts = [self.heads[name] for name in config.heads if name.startswith("text_")]
+        for head in texts[1:]:
+            head.load_state_dict(texts[0].state_dict())
 
     def forward(
         self,
@@ -156,18 +140,20 @@ class PEAudioVideo(nn.Module):
         text = None if input_ids is None else self._text(input_ids, attention_mask)
         audio = None if input_values is None else self._audio(input_values, padding_mask)
         if codec_features is not None:
-            audio = self._codec_features(codec_features, padding_mask)
+            audio = codec_to_features(self.audio, codec_features, padding_mask)
         video = None if pixel_values_videos is None else self._video(pixel_values_videos, padding_mask_videos)
-        fused = None if audio is None or video is None else self._fuse(audio, video)
+        fused = self._fuse(audio, video) if audio and video and self.fusion else None
         towers = {"text": text, "audio": audio, "video": video, "audio_video": fused}
         towers = {name: features for name, features in towers.items() if features is not None}
 
-        embeds = {name: self.heads[name](towers[name].pooled) for name in towers if name != "text"}
-        if text is not None:
-            for name in list(embeds):
-                embeds[f"text_{name}"] = self.heads[f"text_{name}"](text.pooled)
-                if name != "audio_video":
-                    embeds[f"{name}_plus_text"] = self._plus_text(name, towers[name], text)
+        embeds = {}
+        for name, head in self.heads.items():
+            if name in towers:
+                embeds[name] = head(towers[name].pooled)
+            elif name.removeprefix("text_") in towers and text is not None:
+                embeds[name] = head(text.pooled)
+            elif name.removesuffix("_plus_text") in towers and text is not None:
+                embeds[name] = self._plus_text(name, towers[name.removesuffix("_plus_text")], text)
 
         out = PEAudioVideoOutput(**{f"{name}_embeds": value for name, value in embeds.items()})
         for name, features in towers.items():
@@ -177,9 +163,10 @@ class PEAudioVideo(nn.Module):
         for name in loss_weights or {}:
             if name not in PAIRINGS:
                 raise ValueError(f"loss_weights: {name} is no pairing; known are {', '.join(PAIRINGS)}")
-        for pairing, (left, right) in PAIRINGS.items():
+        for pairing, pair_logits in self.logits.items():
+            left, right = PAIRINGS[pairing]
             if left in embeds and right in embeds:
-                logits = self.logits[pairing](embeds[left], embeds[right])
+                logits = pair_logits(embeds[left], embeds[right])
                 setattr(out, f"logits_{pairing}", logits)
                 if return_loss:
                     loss = sigmoid_loss(logits)
@@ -190,11 +177,11 @@ class PEAudioVideo(nn.Module):
 
     def get_audio_embeds(self, input_values: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """(B, 1, samples) -> (B, D), to be compared with `get_text_audio_embeds` and `get_video_embeds`."""
-        return self.heads["audio"](self._audio(input_values, padding_mask).pooled)
+        return self._head("audio")(self._audio(input_values, padding_mask).pooled)
 
     def get_video_embeds(self, pixel_values_videos: Tensor, padding_mask_videos: Tensor | None = None) -> Tensor:
         """(B, F, 3, S, S) -> (B, D), to be compared with `get_text_video_embeds` and `get_audio_embeds`."""
-        return self.heads["video"](self._video(pixel_values_videos, padding_mask_videos).pooled)
+        return self._head("video")(self._video(pixel_values_videos, padding_mask_videos).pooled)
 
     def get_audio_video_embeds(
         self,
@@ -206,19 +193,19 @@ class PEAudioVideo(nn.Module):
         """Audio and video of the same clips -> (B, D), to be compared with `get_text_audio_video_embeds`."""
         audio = self._audio(input_values, padding_mask)
         video = self._video(pixel_values_videos, padding_mask_videos)
-        return self.heads["audio_video"](self._fuse(audio, video).pooled)
+        return self._head("audio_video")(self._fuse(audio, video).pooled)
 
     def get_text_audio_embeds(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, T) -> (B, D), to be compared with `get_audio_embeds`."""
-        return self.heads["text_audio"](self._text(input_ids, attention_mask).pooled)
+        return self._head("text_audio")(self._text(input_ids, attention_mask).pooled)
 
     def get_text_video_embeds(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, T) -> (B, D), to be compared with `get_video_embeds`."""
-        return self.heads["text_video"](self._text(input_ids, attention_mask).pooled)
+        return self._head("text_video")(self._text(input_ids, attention_mask).pooled)
 
     def get_text_audio_video_embeds(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, T) -> (B, D), to be compared with `get_audio_video_embeds`."""
-        return self.heads["text_audio_video"](self._text(input_ids, attention_mask).pooled)
+        return self._head("text_audio_video")(self._text(input_ids, attention_mask).pooled)
 
     def get_audio_plus_text_embeds(
         self,
@@ -229,7 +216,7 @@ class PEAudioVideo(nn.Module):
     ) -> Tensor:
         """Sound and a caption of it -> (B, D), a joint query to be compared with `get_video_embeds`."""
         text = self._text(input_ids, attention_mask)
-        return self._plus_text("audio", self._audio(input_values, padding_mask), text)
+        return self._plus_text("audio_plus_text", self._audio(input_values, padding_mask), text)
 
     def get_video_plus_text_embeds(
         self,
@@ -240,7 +227,7 @@ class PEAudioVideo(nn.Module):
     ) -> Tensor:
         """Pictures and a caption of them -> (B, D), a joint query to be compared with `get_audio_embeds`."""
         text = self._text(input_ids, attention_mask)
-        return self._plus_text("video", self._video(pixel_values_videos, padding_mask_videos), text)
+        return self._plus_text("video_plus_text", self._video(pixel_values_videos, padding_mask_videos), text)
 
     def blocks(self) -> list[nn.Module]:
         """The repeated layers of all towers, in which nearly all of the memory and time goes."""
@@ -255,192 +242,29 @@ class PEAudioVideo(nn.Module):
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters of each part, as the meta device can also tell."""
-        parts = {
-            "text": self.text,
-            "audio": self.audio,
-            "video": self.video,
-            "fusion": self.fusion,
-            "heads": nn.ModuleList((self.heads, self.logits)),
-        }
+        parts = {name: getattr(self, name) for name in self.config.towers}
+        parts["heads"] = nn.ModuleList((self.heads, self.logits))
         return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
     def _text(self, input_ids: Tensor, mask: Tensor | None) -> Features:
-        _check(self, "input_ids", input_ids, 2, mask, "attention_mask", dim=1)
-        if input_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"input_ids are {input_ids.dtype}: pass the tokenizer's integers")
-        most = self.config.text.max_position_embeddings
-        if input_ids.shape[1] > most:
-            raise ValueError(f"input_ids have {input_ids.shape[1]} tokens, more than max_position_embeddings={most}")
-        if input_ids.shape[1] == 0:
-            raise ValueError("input_ids have no tokens: the tokenizer puts one even before an empty caption")
-        if _values_can_be_read(self, input_ids):
-            known = self.config.text.vocab_size
-            wrong = input_ids[(input_ids < 0) | (input_ids >= known)]
-            if wrong.numel():
-                raise ValueError(
-                    f"input_ids have {wrong[0]}, which is not in the vocabulary of {known}: wrong tokenizer?"
-                )
-        sequence, attentions = self.text(input_ids, mask)
-        return Features(sequence[:, 0], sequence, mask, attentions)
+        return text_features(self.text, self.config.text, input_ids, mask)
 
     def _audio(self, input_values: Tensor, mask: Tensor | None) -> Features:
-        _check(self, "input_values", input_values, 3, mask, "padding_mask", dim=2)
-        hop = self.audio.codec.hop_length
-        if input_values.shape[1] != 1:
-            raise ValueError(f"input_values are {tuple(input_values.shape)}: average the channels to (B, 1, samples)")
-        if input_values.shape[2] % hop or input_values.shape[2] == 0:
-            raise ValueError(
-                f"input_values have {input_values.shape[2]} samples, not whole hops of {hop}: the Processor pads them"
-            )
-        return self._codec_features(*self.audio.encode(input_values.to(self.audio.codec.to_mean.weight.dtype), mask))
-
-    def _codec_features(self, features: Tensor, mask: Tensor | None) -> Features:
-        _check(self, "codec_features", features, 3, mask, "padding_mask", dim=1)
-        width = self.config.audio.codec.codebook_dim
-        if features.shape[2] != width or features.shape[1] == 0:
-            raise ValueError(f"codec_features are {tuple(features.shape)}, not (B, frames >= 1, codebook_dim={width})")
-        pooled, sequence, attentions = self.audio(features.to(self.audio.data_proj.weight.dtype), mask)
-        return Features(pooled, sequence, mask, attentions)
+        return audio_features(self.audio, input_values, mask)
 
     def _video(self, pixel_values_videos: Tensor, mask: Tensor | None) -> Features:
-        _check(self, "pixel_values_videos", pixel_values_videos, 5, mask, "padding_mask_videos", dim=1)
-        size = self.config.video.vision.image_size
-        if pixel_values_videos.shape[2:] != (3, size, size) or pixel_values_videos.shape[1] == 0:
-            raise ValueError(
-                f"pixel_values_videos are {tuple(pixel_values_videos.shape)}, not (B, frames >= 1, 3, {size}, {size}): "
-                "the Processor resizes them"
-            )
-        pooled, sequence, attentions = self.video(pixel_values_videos.to(self.video.proj.weight.dtype), mask)
-        return Features(pooled, sequence, mask, attentions)
+        return video_features(self.video, pixel_values_videos, mask)
 
     def _fuse(self, audio: Features, video: Features) -> Features:
+        if self.fusion is None:
+            raise ValueError("this model was loaded without fusion: load it with towers that include it")
         pooled, sequence, attentions = self.fusion(audio.sequence, video.sequence, audio.mask, video.mask)
         return Features(pooled, sequence, audio.mask, attentions)
 
     def _plus_text(self, name: str, tower: Features, text: Features) -> Tensor:
-        return self.heads[f"{name}_plus_text"](torch.cat((tower.pooled, text.pooled), dim=-1))
+        return self._head(name)(torch.cat((tower.pooled, text.pooled), dim=-1))
 
-    @torch.no_grad()
-    def _initialize(self) -> None:
-        """Normal weights of each part's own width, zero biases; the codec keeps PyTorch's fan-in scaled start."""
-        config = self.config
-        spread = {
-            self.text: config.text.initializer_range,
-            self.audio.data_proj: config.audio.transformer.initializer_range,
-            self.audio.transformer: config.audio.transformer.initializer_range,
-            self.video: config.video.transformer.initializer_range,
-            self.video.vision: config.video.vision.initializer_range,
-            self.fusion: config.fusion.initializer_range,
-            self.heads: config.fusion.initializer_range,
-        }
-        for part, std in spread.items():
-            for module in part.modules():
-                if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Embedding):
-                    nn.init.normal_(module.weight, std=std)
-                    if getattr(module, "bias", None) is not None:
-                        nn.init.zeros_(module.bias)
-                elif isinstance(module, TemporalTransformer | VisionTransformer):
-                    if module.class_token is not None:
-                        nn.init.normal_(module.class_token, std=std)
-                    if isinstance(module, VisionTransformer):
-                        nn.init.normal_(module.position, std=std)
-                elif isinstance(module, AttentionPool):
-                    nn.init.normal_(module.probe, std=std)
-
-
-def _text(config: TextConfig, attention: str) -> ModernBERT:
-    return ModernBERT(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        hidden_act=config.hidden_act,
-        global_attn_every_n_layers=config.global_attn_every_n_layers,
-        local_attention=config.local_attention,
-        global_rope_theta=config.global_rope_theta,
-        local_rope_theta=config.local_rope_theta,
-        norm_eps=config.norm_eps,
-        attention_dropout=config.attention_dropout,
-        nth_text_layer=config.nth_text_layer,
-        attention=attention,
-    )
-
-
-def _codec(config: CodecConfig) -> CodecEncoder:
-    tile_frames = None
-    if config.tile_seconds is not None:
-        tile_frames = max(1, round(config.tile_seconds * config.sampling_rate / config.hop_length))
-    return CodecEncoder(
-        encoder_hidden_size=config.encoder_hidden_size,
-        downsampling_ratios=config.downsampling_ratios,
-        codebook_dim=config.codebook_dim,
-        trainable=config.trainable,
-        tile_frames=tile_frames,
-    )
-
-
-def _vision(config: VisionConfig, attention: str) -> VisionTransformer:
-    return VisionTransformer(
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        output_dim=config.output_dim,
-        use_class_token=config.use_class_token,
-        pool_heads=config.pool_heads,
-        rope_theta=config.rope_theta,
-        attention=attention,
-    )
-
-
-def _temporal(config: TransformerConfig, attention: str) -> TemporalTransformer:
-    return TemporalTransformer(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.key_value_heads,
-        head_dim=config.head_dim,
-        hidden_act=config.hidden_act,
-        max_position_embeddings=config.max_position_embeddings,
-        rms_norm_eps=config.rms_norm_eps,
-        rope=config.rope_parameters,
-        attention_bias=config.attention_bias,
-        attention_dropout=config.attention_dropout,
-        attention=attention,
-    )
-
-
-def _values_can_be_read(model: nn.Module, value: Tensor) -> bool:
-    return not (model.training or value.is_meta or torch.compiler.is_compiling())
-
-
-def _check(
-    model: nn.Module, name: str, value: Tensor, dims: int, mask: Tensor | None, mask_name: str, dim: int
-) -> None:
-    """Shapes and types always; values only outside training, where a copy to the host does no harm."""
-    if value.dim() != dims:
-        raise ValueError(f"{name} has {value.dim()} dimensions {tuple(value.shape)}, not {dims}")
-    if dims > 2 and not value.is_floating_point():
-        raise ValueError(f"{name} is {value.dtype}: pass floating point values, as the Processor makes them")
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            raise ValueError(f"{mask_name} is {mask.dtype}: pass bool, True where valid")
-        if mask.shape != (value.shape[0], value.shape[dim]):
-            raise ValueError(
-                f"{mask_name} is {tuple(mask.shape)}, not {(value.shape[0], value.shape[dim])} as {name} needs"
-            )
-    if not _values_can_be_read(model, value):
-        return
-    if dims > 2 and not value.isfinite().all():
-        rows = (~value.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
-        raise ValueError(f"{name} has NaN or infinite values in rows {rows}")
-    if mask is not None:
-        if not mask.any(1).all():
-            rows = (~mask.any(1)).nonzero().flatten().tolist()
-            raise ValueError(f"{mask_name} masks the whole of rows {rows}: drop them from the batch")
-        if (mask[:, 1:] & ~mask[:, :-1]).any():
-            raise ValueError(f"{mask_name} has valid positions after padding: put the valid ones first")
+    def _head(self, name: str) -> ContrastiveHead:
+        if name not in self.heads:
+            raise ValueError(f"this model has no head for {name}_embeds; it makes {', '.join(self.heads)}")
+        return self.heads[name]

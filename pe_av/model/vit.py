@@ -84,17 +84,15 @@ class VisionTransformer(nn.Module):
         num_hidden_layers: int,
         num_attention_heads: int,
         output_dim: int,
+        proj_bias: bool,
         use_class_token: bool,
         pool_heads: int,
         rope_theta: float,
         attention: str,
     ):
         super().__init__()
-        self.grid, self.head_dim, self.rope_theta = (
-            image_size // patch_size,
-            hidden_size // num_attention_heads,
-            rope_theta,
-        )
+        self.image_size, self.grid = image_size, image_size // patch_size
+        self.head_dim, self.rope_theta = hidden_size // num_attention_heads, rope_theta
         self.patch_embed = nn.Conv2d(3, hidden_size, kernel_size=patch_size, stride=patch_size, bias=False)
         self.class_token = nn.Parameter(torch.empty(1, 1, hidden_size)) if use_class_token else None
         self.position = nn.Parameter(torch.empty(1, self.grid**2 + use_class_token, hidden_size))
@@ -105,7 +103,7 @@ class VisionTransformer(nn.Module):
         )
         self.post_norm = nn.LayerNorm(hidden_size)
         self.pool = AttentionPool(hidden_size, pool_heads, attention)
-        self.proj = nn.Linear(hidden_size, output_dim, bias=False)
+        self.proj = nn.Linear(hidden_size, output_dim, bias=proj_bias)
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = rearrange(self.patch_embed(pixels), "b d h w -> b (h w) d")

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..checkpoint import build_model, load_model, save_model
 from ..config import PAIRINGS, ConfigError, TrainConfig
+from ..conversion.warm_start import warm_start
 from ..data.dataset import (
     BadItems,
     Clip,
@@ -31,7 +32,7 @@ from ..data.dataset import (
     to_device,
 )
 from ..data.processor import Processor
-from ..data.tokenizer import train_tokenizer
+from ..data.tokenizer import read_tokenizer, train_tokenizer
 from ..device import pick_device, precision_context
 from ..evaluation.embed import embed_batches
 from ..evaluation.metrics import evaluate_embeddings, public_name
@@ -178,9 +179,14 @@ class Run:
         if config.checkpoint is not None:
             return load_model(config.checkpoint, self.device).train(), Processor.from_pretrained(config.checkpoint)
         model = build_model(config.model, self.device).train()
-        tokenizer = train_tokenizer((clip.caption for clip in train_clips), config.model.text.vocab_size)
+        for line in warm_start(model, config.init):
+            self.console.print(line, soft_wrap=True)
+        if config.init.text is not None:
+            tokenizer = read_tokenizer(config.init.text)
+        else:
+            tokenizer = train_tokenizer((clip.caption for clip in train_clips), config.model.text.vocab_size)
         processor = Processor(config.model, tokenizer)
-        if not config.model.audio.codec.trainable:
+        if not config.model.audio.codec.trainable and config.init.codec is None:
             self._calibrate_codec(model, processor, train_clips)
         return model, processor
 

@@ -1,0 +1,118 @@
+"""From checked inputs to what a tower gives. Both models go through these, so both refuse the same mistakes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..config import TextConfig
+from .audio import AudioEncoder
+from .text import ModernBERT
+from .video import VideoEncoder
+
+
+@dataclass
+class Features:
+    """What a tower gives: its pooled (B, D) vector, its sequence (B, T, D), its mask (B, T) and attention weights."""
+
+    pooled: Tensor
+    sequence: Tensor
+    mask: Tensor | None
+    attentions: list[Tensor | None]
+
+
+def text_features(tower: ModernBERT | None, config: TextConfig, input_ids: Tensor, mask: Tensor | None) -> Features:
+    """(B, T) token ids and their mask -> token 0 and the sequence, both before the final norm."""
+    _present(tower, "text")
+    _check(tower, "input_ids", input_ids, 2, mask, "attention_mask", dim=1)
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"input_ids are {input_ids.dtype}: pass the tokenizer's integers")
+    most = config.max_position_embeddings
+    if input_ids.shape[1] > most:
+        raise ValueError(f"input_ids have {input_ids.shape[1]} tokens, more than max_position_embeddings={most}")
+    if input_ids.shape[1] == 0:
+        raise ValueError("input_ids have no tokens: the tokenizer puts one even before an empty caption")
+    if _values_can_be_read(tower, input_ids):
+        known = config.vocab_size
+        wrong = input_ids[(input_ids < 0) | (input_ids >= known)]
+        if wrong.numel():
+            raise ValueError(f"input_ids have {wrong[0]}, which is not in the vocabulary of {known}: wrong tokenizer?")
+    sequence, attentions = tower(input_ids, mask)
+    return Features(sequence[:, 0], sequence, mask, attentions)
+
+
+def audio_features(tower: AudioEncoder | None, input_values: Tensor, mask: Tensor | None) -> Features:
+    """(B, 1, samples) and the mask (B, samples) -> one position per codec frame."""
+    _present(tower, "audio")
+    _check(tower, "input_values", input_values, 3, mask, "padding_mask", dim=2)
+    hop = tower.codec.hop_length
+    if input_values.shape[1] != 1:
+        raise ValueError(f"input_values are {tuple(input_values.shape)}: average the channels to (B, 1, samples)")
+    if input_values.shape[2] % hop or input_values.shape[2] == 0:
+        raise ValueError(
+            f"input_values have {input_values.shape[2]} samples, not whole hops of {hop}: the Processor pads them"
+        )
+    return codec_to_features(tower, *tower.encode(input_values.to(tower.codec.to_mean.weight.dtype), mask))
+
+
+def codec_to_features(tower: AudioEncoder | None, codec_features: Tensor, mask: Tensor | None) -> Features:
+    """The second half of `audio_features`, from (B, frames, codebook_dim) and the mask (B, frames)."""
+    _present(tower, "audio")
+    _check(tower, "codec_features", codec_features, 3, mask, "padding_mask", dim=1)
+    width = tower.data_proj.in_features
+    if codec_features.shape[2] != width or codec_features.shape[1] == 0:
+        shape = tuple(codec_features.shape)
+        raise ValueError(f"codec_features are {shape}, not (B, frames >= 1, codebook_dim={width})")
+    pooled, sequence, attentions = tower(codec_features.to(tower.data_proj.weight.dtype), mask)
+    return Features(pooled, sequence, mask, attentions)
+
+
+def video_features(tower: VideoEncoder | None, pixel_values_videos: Tensor, mask: Tensor | None) -> Features:
+    """(B, F, 3, S, S) and the mask (B, F) -> one position per frame."""
+    _present(tower, "video")
+    _check(tower, "pixel_values_videos", pixel_values_videos, 5, mask, "padding_mask_videos", dim=1)
+    size = tower.vision.image_size
+    if pixel_values_videos.shape[2:] != (3, size, size) or pixel_values_videos.shape[1] == 0:
+        raise ValueError(
+            f"pixel_values_videos are {tuple(pixel_values_videos.shape)}, not (B, frames >= 1, 3, {size}, {size}): "
+            "the Processor resizes them"
+        )
+    pooled, sequence, attentions = tower(pixel_values_videos.to(tower.proj.weight.dtype), mask)
+    return Features(pooled, sequence, mask, attentions)
+
+
+def _present(tower: nn.Module | None, name: str) -> None:
+    if tower is None:
+        raise ValueError(f"this model was loaded without {name}: load it with towers that include it")
+
+
+def _values_can_be_read(model: nn.Module, value: Tensor) -> bool:
+    return not (model.training or value.is_meta or torch.compiler.is_compiling())
+
+
+def _check(
+    model: nn.Module, name: str, value: Tensor, dims: int, mask: Tensor | None, mask_name: str, dim: int
+) -> None:
+    """Shapes and types always; values only outside training, where a copy to the host does no harm."""
+    if value.dim() != dims:
+        raise ValueError(f"{name} has {value.dim()} dimensions {tuple(value.shape)}, not {dims}")
+    if dims > 2 and not value.is_floating_point():
+        raise ValueError(f"{name} is {value.dtype}: pass floating point values, as the Processor makes them")
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise ValueError(f"{mask_name} is {mask.dtype}: pass bool, True where valid")
+        if mask.shape != (value.shape[0], value.shape[dim]):
+            raise ValueError(
+                f"{mask_name} is {tuple(mask.shape)}, not {(value.shape[0], value.shape[dim])} as {name} needs"
+            )
+    if not _values_can_be_read(model, value):
+        return
+    if dims > 2 and not value.isfinite().all():
+        rows = (~value.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+        raise ValueError(f"{name} has NaN or infinite values in rows {rows}")
+    if mask is not None:
+        if not mask.any(1).all():
+            rows = (~mask.any(1)).nonzero().flatten().tolist()
+            raise ValueError(f"{mask_name} masks the whole of rows {rows}: drop them from the batch")
+        if (mask[:, 1:] & ~mask[:, :-1]).any():
+            raise ValueError(f"{mask_name} has valid positions after padding: put the valid ones first")
