@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from .config import ConfigError, FrameConfig, ModelConfig, load_preset, model_config_yaml, read_model_config
 from .model.frame import PEAudioFrame
@@ -78,13 +79,18 @@ def load_model(
 
 def save_model(model: Model, path: str | Path) -> None:
     """Write a native checkpoint folder, replacing the files of an older one each at once."""
+    save_weights(model.config, model.state_dict(), path)
+
+
+def save_weights(config: ModelConfig | FrameConfig, weights: dict[str, Tensor], path: str | Path) -> None:
+    """`save_model` of weights that are not in a model, such as those collected from shards."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
     # written beside and renamed, so that a crash never leaves half a file under the final name
     save_file(weights, path / f"{WEIGHTS_FILE}.part", metadata={"format": "pt"})
     os.replace(path / f"{WEIGHTS_FILE}.part", path / WEIGHTS_FILE)
-    (path / f"{CONFIG_FILE}.part").write_text(model_config_yaml(model.config), encoding="utf-8")
+    (path / f"{CONFIG_FILE}.part").write_text(model_config_yaml(config), encoding="utf-8")
     os.replace(path / f"{CONFIG_FILE}.part", path / CONFIG_FILE)
 
 

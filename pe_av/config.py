@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -37,6 +37,7 @@ HEADS: dict[str, tuple[str, ...]] = {
     "video_plus_text": ("video", "text"),
 }
 TOWERS = ("text", "audio", "video", "fusion")
+CAPTIONS = ("audio", "visual", "audio_visual")  # what a caption can tell of a clip, where it has one of each
 
 ATTENTIONS = ("eager", "sdpa", "flex")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")  # the names that published configs use
@@ -286,53 +287,160 @@ class DemoConfig:
 
 
 @dataclass
-class DataConfig:
-    """Clips with captions. A manifest is a JSONL file of {"path", "caption"} and optionally "id"."""
+class StampsConfig:
+    """The stamps of Tux Paint: captioned pictures with sounds, made into clips once (data/stamps.py)."""
 
-    train: str | None = None  # manifest to train on
+    source: str = "/usr/share/tuxpaint/stamps"  # where the Debian package puts them
+    root: str = "data/stamps"  # where the clips go
+    languages: list[str] = field(default_factory=lambda: ["en", "fr", "es"])  # of the spoken descriptions
+
+
+@dataclass
+class DataConfig:
+    """Clips with captions. What a manifest is: data/manifest.py."""
+
+    train: str | None = None  # manifest to train on: .jsonl, .csv or .parquet
     eval: str | None = None  # manifest to evaluate on
+    train_split: str | None = None  # only the rows of this split; None: all
+    eval_split: str | None = None
     demo: DemoConfig | None = None  # render the demo world and use its two manifests
+    stamps: StampsConfig | None = None  # or the stamps
     max_seconds: float = 30.0  # longer files are cut to their first part
     in_memory: bool = False  # decode every file once and keep it: for small sets
     num_workers: int = 2  # processes that decode while the model trains; 0: decode in the training process
+    time_limit: float = 60.0  # seconds in which a worker must have read a clip; else it is replaced and the clip bad
+    batch_tokens: int | None = None  # instead of batch_size: positions of sound, 25 per second, that a batch may hold
+    cache: str | None = None  # folder of features that python -m pe_av.data.cache has computed
 
     def __post_init__(self) -> None:
         _require(self.max_seconds > 0, f"data.max_seconds={self.max_seconds} is not positive")
         _require(self.num_workers >= 0, f"data.num_workers={self.num_workers} is negative")
+        _require(self.time_limit > 0, f"data.time_limit={self.time_limit} is not positive")
+        _require(
+            self.batch_tokens is None or self.batch_tokens >= 2, f"data.batch_tokens={self.batch_tokens} is below 2"
+        )
+
+
+@dataclass
+class Pairing:
+    """One contrastive objective: left embeddings against right ones, row i of both belonging together.
+
+    An embedding of a caption of a certain kind is called `<embedding>@<kind>`, e.g. "text_audio@audio_visual".
+    """
+
+    name: str  # under which its loss is reported
+    left: str  # embedding, of HEADS
+    right: str
+    caption: str | None = None  # the kind, of CAPTIONS, that its text is of; None: a clip has one caption for all
+    weight: float = 1.0  # in the sum; 0 only reports it
+    logits: str | None = None  # the pairing, of PAIRINGS, whose scale and bias it uses; None: the one with its sides
+
+    def __post_init__(self) -> None:
+        where = f"loss.pairings: {self.name}"
+        for side in (self.left, self.right):
+            _require(side in HEADS, f"{where}: there is no embedding {side}{_nearest(side, HEADS)}")
+        if self.caption is not None:
+            _one_of(f"{where}: caption", self.caption, CAPTIONS)
+            _require(
+                any("text" in HEADS[side] for side in (self.left, self.right)),
+                f"{where}: caption={self.caption}, but neither {self.left} nor {self.right} is made with text",
+            )
+        _require(self.weight >= 0, f"{where}: weight={self.weight} is negative")
+        if self.logits is None:
+            self.logits = next((name for name, sides in PAIRINGS.items() if sides == (self.left, self.right)), None)
+            _require(
+                self.logits is not None,
+                f"{where}: {self.left} and {self.right} are none of the pairings that have a scale and a bias: "
+                f"set logits to the one whose it shall use, of {', '.join(PAIRINGS)}",
+            )
+        _one_of(f"{where}: logits", self.logits, PAIRINGS)
+
+    @property
+    def embeddings(self) -> tuple[str, str]:
+        """(left, right), with the caption's kind where there is one and text is part of the embedding."""
+        sides = (self.left, self.right)
+        return tuple(f"{s}@{self.caption}" if self.caption and "text" in HEADS[s] else s for s in sides)
 
 
 @dataclass
 class LossConfig:
-    """Sigmoid contrastive loss: the weight of each pairing in the sum; 0 leaves it out."""
+    """Sigmoid contrastive loss: what is paired with what (configs/loss), and with which weight in the sum."""
 
+    # factor on the weight of all pairings that use this one's scale and bias; 0 learns nothing from them
     weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PAIRINGS, 1.0))
+    pairings: list[Pairing] = field(default_factory=lambda: [Pairing(name, *PAIRINGS[name]) for name in PAIRINGS])
 
     def __post_init__(self) -> None:
         for name, weight in self.weights.items():
             _one_of("loss.weights", name, PAIRINGS)
             _require(weight >= 0, f"loss.weights.{name}={weight} is negative")
-        _require(any(self.weights.values()), "loss.weights: every pairing has weight 0, so nothing would be learned")
+        names = [pairing.name for pairing in self.pairings]
+        _require(bool(names), "loss.pairings is empty: there is nothing to learn from")
+        twice = next((name for name in names if names.count(name) > 1), None)
+        _require(twice is None, f"loss.pairings: {twice} is the name of two pairings: rename one")
+        learned = any(pairing.weight for pairing in self.weighted())
+        _require(learned, "loss.weights: every pairing has weight 0, so nothing would be learned")
+
+    def weighted(self) -> list[Pairing]:
+        """The pairings, each with its weight times the factor in `weights`."""
+        return [replace(p, weight=p.weight * self.weights.get(p.logits, 1.0)) for p in self.pairings]
 
 
 @dataclass
 class OptimConfig:
-    """AdamW with linear warm-up, then cosine decay to `final_lr_ratio`."""
+    """AdamW with linear warm-up, then cosine decay to `final_lr_ratio` or a constant rate."""
 
     lr: float = 1e-3
     weight_decay: float = 0.05  # on matrices only: not on norms, biases, scales, embeddings of position
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     eps: float = 1e-8
+    schedule: str = "cosine"  # cosine | constant
     warmup_steps: int = 100
     final_lr_ratio: float = 0.0
     clip_norm: float = 1.0  # largest global gradient norm
+    freeze: list[str] = field(default_factory=list)  # parts that stay as they are, e.g. [text, video.vision]
+    lr_scale: dict[str, float] = field(default_factory=dict)  # part -> factor on its learning rate, e.g. {text: 0.1}
+    layer_decay: float = 1.0  # factor on the rate from each layer of a tower to the one below it
+    ema: float | None = None  # decay of an average of the weights, which is then evaluated and exported
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, f"optim.lr={self.lr} is not positive")
         _require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} is negative")
         _require(self.clip_norm > 0, f"optim.clip_norm={self.clip_norm} is not positive")
+        _one_of("optim.schedule", self.schedule, ("cosine", "constant"))
+        _require(0 < self.layer_decay <= 1, f"optim.layer_decay={self.layer_decay} is not in (0, 1]")
+        _require(self.ema is None or 0 < self.ema < 1, f"optim.ema={self.ema} is not between 0 and 1")
+        _require(all(f >= 0 for f in self.lr_scale.values()), f"optim.lr_scale={self.lr_scale}: a factor is negative")
         _require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), f"optim.betas={self.betas} is not [b1, b2]"
         )
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters in place of training all weights (training/lora.py)."""
+
+    rank: int = 16
+    alpha: float = 16.0  # the change is scaled by alpha / rank
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, f"lora.rank={self.rank} is not positive")
+        _require(self.alpha > 0, f"lora.alpha={self.alpha} is not positive")
+
+
+@dataclass
+class ParallelConfig:
+    """How many processes and how much memory a step takes (training/parallel.py); never what it computes."""
+
+    strategy: str = "ddp"  # with several ranks: ddp (every rank holds the model) | fsdp (shards of it)
+    shard_bf16: bool = False  # fsdp: gather weights and compute in bfloat16
+    activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
+    compile: bool = False  # torch.compile of every block
+    timeout_minutes: float = 10.0  # a rank that others wait for longer than this is lost
+
+    def __post_init__(self) -> None:
+        _one_of("parallel.strategy", self.strategy, ("ddp", "fsdp"))
+        _require(self.timeout_minutes > 0, f"parallel.timeout_minutes={self.timeout_minutes} is not positive")
 
 
 @dataclass
@@ -374,6 +482,44 @@ class TrainConfig:
             self.checkpoint is None or not any(asdict(self.init).values()),
             "checkpoint and init are both set: a checkpoint fills every tower; leave one out",
         )
+
+
+@dataclass
+class FrameDemoConfig:
+    """Sounds at different times, and the caption of one of them (data/frame_demo.py)."""
+
+    root: str = "data/frame_demo"
+    seed: int = 0
+    train_clips: int = 480
+    eval_clips: int = 96
+
+    def __post_init__(self) -> None:
+        _require(min(self.train_clips, self.eval_clips) >= 1, "demo: train_clips and eval_clips must be positive")
+        _require(self.seed >= 0, f"demo.seed={self.seed} is negative")
+
+
+@dataclass
+class FrameTrainConfig:
+    """`python -m pe_av.training.frame`: PEAudioFrame from recordings with captions and the times they are about."""
+
+    model: FrameConfig = field(default_factory=FrameConfig)
+    train: str | None = None  # JSONL of {"path", "caption", "spans": [[start_s, end_s], …]}; None: the demo
+    eval: str | None = None
+    demo: FrameDemoConfig = field(default_factory=FrameDemoConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: str | None = None  # native PEAudioFrame to go on from, which then decides `model`
+    seed: int = 0
+    steps: int = 400
+    batch_size: int = 32
+    log_every: int = 10
+    device: str = "auto"
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        _require((self.train is None) == (self.eval is None), "train and eval: give both manifests, or none")
+        _require(self.steps >= 1 and self.log_every >= 1, "steps and log_every must be positive")
+        _require(self.batch_size >= 1, f"batch_size={self.batch_size} is not positive")
+        _one_of("precision", self.precision, ("auto", "fp32", "bf16"))
 
 
 @dataclass
@@ -523,10 +669,17 @@ def _check_keys(schema: type, values: dict[str, Any], source: str, prefix: str) 
         if key not in types:
             raise ConfigError(f"{source}: unknown setting {prefix}{key}{_nearest(str(key), types, prefix)}")
         inner = next((t for t in (types[key], *get_args(types[key])) if is_dataclass(t)), None)
-        if inner is not None and value is not None and not isinstance(value, dict):
-            raise ConfigError(f"{source}: {prefix}{key} is a section of settings, not {value!r}")
-        if inner is not None and value is not None:
-            _check_keys(inner, value, source, prefix=f"{prefix}{key}.")
+        if inner is None or value is None:
+            continue
+        sections = {f"{prefix}{key}": value}
+        if get_origin(types[key]) is list:
+            if not isinstance(value, list):
+                raise ConfigError(f"{source}: {prefix}{key} is a list of sections, not {value!r}")
+            sections = {f"{prefix}{key}[{i}]": item for i, item in enumerate(value)}
+        for name, section in sections.items():
+            if not isinstance(section, dict):
+                raise ConfigError(f"{source}: {name} is a section of settings, not {section!r}")
+            _check_keys(inner, section, source, prefix=f"{name}.")
 
 
 def _nearest(word: str, known: Sequence[str], prefix: str = "") -> str:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from conftest import random_batch, randomize, relative_error, small_config
 from torch import Tensor
 from transformers import PeAudioVideoModel
 
-from pe_av.config import PAIRINGS, ConfigError, LossConfig
-from pe_av.loss import sigmoid_loss
+from pe_av.config import PAIRINGS, ConfigError, LossConfig, Pairing, config_dir, from_dict, read_yaml
+from pe_av.loss import contrastive_loss, sigmoid_loss
 from pe_av.model.heads import PairLogits
 from pe_av.model.peav import PEAudioVideo
 
@@ -142,6 +143,21 @@ def test_total_is_the_weighted_sum(weights: dict[str, float] | None):
     assert out.loss.item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_ring_of_the_model_s_embeddings():
+    """`contrastive_loss` moves the model's parameters as the logits of its forward do."""
+    model = randomize(PEAudioVideo(small_config())).eval()
+    batch = random_batch(model.config)
+    model(**batch, return_loss=True).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    logits = {name: (pair.scale, pair.bias) for name, pair in model.logits.items()}
+    contrastive_loss(model(**batch).embeds(), logits, LossConfig().pairings).total.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert (gradient - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-6, name
+
+
 def test_weights_of_the_config():
     assert LossConfig().weights == dict.fromkeys(PAIRINGS, 1.0)
     with pytest.raises(ConfigError, match="loss.weights=audio_txt is unknown; did you mean audio_text"):
@@ -150,3 +166,68 @@ def test_weights_of_the_config():
         LossConfig({"audio_text": -1.0})
     with pytest.raises(ConfigError, match="every pairing has weight 0"):
         LossConfig(dict.fromkeys(PAIRINGS, 0.0))
+
+
+def test_pairings_of_the_config():
+    """The six by default; ten.yaml has the objectives of the paper over three kinds of caption."""
+    assert {p.name: (p.left, p.right) for p in LossConfig().pairings} == PAIRINGS
+    assert all(p.caption is None and p.weight == 1 and p.logits == p.name for p in LossConfig().pairings)
+    ten = read_yaml(LossConfig, config_dir() / "loss/ten.yaml").pairings
+    assert {p.embeddings for p in ten} == {
+        ("audio", "text_audio@audio"),
+        ("audio", "text_audio@audio_visual"),
+        ("video", "text_video@visual"),
+        ("video", "text_video@audio_visual"),
+        ("audio_video", "text_audio_video@audio"),
+        ("audio_video", "text_audio_video@visual"),
+        ("audio_video", "text_audio_video@audio_visual"),
+        ("audio", "video"),
+        ("audio_plus_text@visual", "video"),
+        ("video_plus_text@audio", "audio"),
+    }
+    assert all(PAIRINGS[p.logits] == (p.left, p.right) for p in ten) and len(ten) == 10
+
+
+def test_weights_are_factors_on_what_shares_a_scale():
+    pairings = [
+        Pairing("sound", "audio", "text_audio", "audio", weight=2.0),
+        Pairing("both", "audio", "text_audio", "audio_visual", weight=3.0),
+        Pairing("odd", "audio", "text_video", logits="video_text"),
+    ]
+    weighted = LossConfig({"audio_text": 0.5}, pairings).weighted()
+    assert {p.name: p.weight for p in weighted} == {"sound": 1.0, "both": 1.5, "odd": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("pairing", "expected"),
+    [
+        ({"left": "audoi"}, "loss.pairings: mine: there is no embedding audoi; did you mean audio?"),
+        ({"right": "text_auido"}, "loss.pairings: mine: there is no embedding text_auido; did you mean text_audio?"),
+        ({"caption": "visul"}, "loss.pairings: mine: caption=visul is unknown; did you mean visual?"),
+        ({"right": "video", "caption": "visual"}, "but neither audio nor video is made with text"),
+        ({"weight": -1.0}, "loss.pairings: mine: weight=-1.0 is negative"),
+        ({"right": "text_video"}, "audio and text_video are none of the pairings that have a scale and a bias"),
+        ({"logits": "audio_txt"}, "loss.pairings: mine: logits=audio_txt is unknown; did you mean audio_text?"),
+        ({"captions": "audio"}, "unknown setting pairings[0].captions; did you mean pairings[0].caption?"),
+        ({"left": None}, "left: Incompatible value 'None'"),
+        (3, "pairings[0] is a section of settings, not 3"),
+    ],
+)
+def test_a_pairing_that_cannot_be(pairing: Any, expected: str):
+    if isinstance(pairing, dict):
+        pairing = {"name": "mine", "left": "audio", "right": "text_audio"} | pairing
+    with pytest.raises(ConfigError) as error:
+        from_dict(LossConfig, {"pairings": [pairing]}, source="here.yaml")
+    assert str(error.value).startswith("here.yaml: ") and expected in str(error.value)
+
+
+def test_pairings_that_cannot_be():
+    one = {"name": "mine", "left": "audio", "right": "text_audio"}
+    for pairings, expected in (
+        ([], "loss.pairings is empty"),
+        ([one, one], "loss.pairings: mine is the name of two pairings"),
+        ([one | {"weight": 0.0}], "every pairing has weight 0"),
+        (one, "pairings is a list of sections"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            from_dict(LossConfig, {"pairings": pairings}, source="here.yaml")

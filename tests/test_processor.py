@@ -23,9 +23,10 @@ from pe_av.config import (
     VisionConfig,
     model_config_yaml,
 )
-from pe_av.data.dataset import Collate
+from pe_av.data.dataset import ClipReader, Collate
+from pe_av.data.manifest import Clip
 from pe_av.data.media import MediaError, read_audio, read_frames
-from pe_av.data.processor import Processor
+from pe_av.data.processor import Processor, pad_to_hops
 
 SIZE = 28
 HOP = 1920
@@ -246,9 +247,32 @@ def test_waveforms_of_different_length(processor):
 
 def test_max_seconds_cuts_waveforms_and_files(processor, clip):
     waveform, rate = read_audio(clip)
-    expected = processor.audio_item(waveform[:, :22_050], rate)
-    assert torch.equal(processor(audio=waveform, sampling_rate=rate, max_seconds=0.5)["input_values"][0, 0], expected)
-    assert torch.equal(processor(audio=clip, max_seconds=0.5)["input_values"][0, 0], expected)
+    expected = processor.audio_item(waveform, rate)[:24_000]  # resampled, then cut, then padded to whole hops
+    expected = pad_to_hops(expected, HOP)
+    for found in (
+        processor(audio=waveform, sampling_rate=rate, max_seconds=0.5),
+        processor(audio=clip, max_seconds=0.5),
+    ):
+        torch.testing.assert_close(found["input_values"][0, 0], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [8_000, 16_000, 44_100, 48_000, 96_000])
+def test_cutting_then_resampling_is_resampling_then_cutting(processor, tmp_path, rate):
+    path = tmp_path / "a.wav"
+    samples = np.random.default_rng(0).integers(-(2**13), 2**13, 4 * rate, dtype="<i2")
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(samples.tobytes())
+    whole = processor.audio_item(path)
+    for start, end in [(0, 1), (0.04, 1.2), (1.1, 2.02), (2.9999, 3.5), (3.2, None)]:
+        part = processor.audio_item(path, start=start, end=end)
+        expected = pad_to_hops(whole[round(start * 48_000) : None if end is None else round(end * 48_000)], HOP)
+        torch.testing.assert_close(part, expected, rtol=0, atol=1e-6)
+    assert torch.equal(
+        processor.audio_item(path, start=1.1, max_seconds=0.5), processor.audio_item(path, None, 0.5, 1.1)
+    )
 
 
 def test_files_bring_their_own_rate(processor, tmp_path):
@@ -445,11 +469,11 @@ def test_all_three_make_one_batch(processor, clip):
 
 
 def test_a_dataset_makes_the_same_batch_in_two_steps(processor, clip):
-    clips = [processor.load_clip(clip), processor.load_clip(clip, max_seconds=0.5)]
+    clips = [ClipReader(processor, seconds)(Clip("a", str(clip), str(clip))) for seconds in (30, 0.5)]
     assert clips[0]["waveform"].shape == (25 * HOP,) and clips[0]["waveform"].dtype == torch.float32
     assert clips[1]["frames"].shape == (13, 3, SIZE, SIZE) and clips[1]["frames"].dtype == torch.uint8
     captions = ["a dog", "at night"]
-    items = [{"id": text, "caption": text, **item} for text, item in zip(captions, clips, strict=True)]
+    items = [{**item, "captions": {None: [text]}} for text, item in zip(captions, clips, strict=True)]
     batch = Collate(processor)(items)["inputs"]
     whole = processor(text=["a dog", "at night"], audio=[clip, clip], videos=[clip, clip])
     assert set(batch) == set(whole)

@@ -1,7 +1,6 @@
 """Training and evaluation as a user starts them: on a small demo world, through the command lines."""
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -17,14 +16,14 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from pe_av import Processor, load_model
-from pe_av.config import ConfigError, OptimConfig, TrainConfig, config_dir, from_dict
-from pe_av.data.dataset import BadItems, read_manifest
+from pe_av.config import ConfigError, TrainConfig, config_dir, from_dict
+from pe_av.data.dataset import BadItems
+from pe_av.data.manifest import read_manifest
 from pe_av.data.tokenizer import train_tokenizer
 from pe_av.evaluation.embed import embed_files
-from pe_av.training.optim import build_optimizer, build_schedule
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -158,8 +157,12 @@ def test_bad_items_are_counted_once_each(tmp_path: Path):
     [
         ("", "holds no clips"),
         ("{", ":1: not JSON"),
-        ('{"path": "a.mp4"}', ':1: no text under "caption"'),
-        ("[1]", ':1: no text under "path"'),
+        ('{"audio": "a.wav"}', ":1: nothing to pair"),
+        ('{"caption": "x"}', ":1: nothing to pair"),
+        ("[1]", ":1: not an object"),
+        ('{"path": 3, "caption": "x"}', ':1: no text under "path"'),
+        ('{"path": "a", "caption": [1]}', ':1: no text under "caption"'),
+        ('{"path": "a", "caption": "x", "start": 3, "end": 2}', ":1: end=2 is not after start=3"),
         ('{"path": "a", "caption": "x"}\n{"path": "a", "caption": "y"}', "1 ids stand more than once"),
     ],
 )
@@ -183,32 +186,6 @@ def test_embedding_files_writes_what_the_model_gives(trained: Path, tmp_path: Pa
             batch = processor(audio=path, videos=path)
             expected = model.get_audio_video_embeds(**batch)[0]
             torch.testing.assert_close(written["audio_video"][row], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_weight_decay_falls_on_matrices_only():
-    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Conv1d(4, 2, 3), nn.Embedding(5, 2))
-    model.register_parameter("class_token", nn.Parameter(torch.zeros(1, 1, 4)))
-    model[2].bias.requires_grad_(False)
-    decayed, free = build_optimizer(model, OptimConfig(weight_decay=0.3)).param_groups
-    assert {id(p) for p in decayed["params"]} == {id(model[i].weight) for i in (0, 2, 3)}
-    assert {id(p) for p in free["params"]} == {
-        id(p) for p in (model[0].bias, *model[1].parameters(), model.class_token)
-    }
-    assert (decayed["weight_decay"], free["weight_decay"]) == (0.3, 0.0)
-
-
-def test_the_learning_rate_warms_up_and_falls_as_half_a_cosine():
-    config = OptimConfig(lr=2.0, warmup_steps=4, final_lr_ratio=0.1)
-    optimizer = build_optimizer(nn.Linear(2, 2), config)
-    schedule = build_schedule(optimizer, config, steps=12)
-    rates = []
-    for _ in range(13):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    expected = [0.5, 1.0, 1.5, 2.0]
-    expected += [2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 8))) for step in range(9)]
-    assert rates == pytest.approx(expected)
 
 
 def test_the_tokenizer_writes_any_text_and_marks_its_ends():

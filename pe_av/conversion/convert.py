@@ -94,12 +94,11 @@ def convert(source: str | Path, target: str | Path, to: str = "native") -> Sourc
             if found.tokenizer is not None:
                 found.tokenizer.save(str(unfinished / TOKENIZER_FILE))
             save_file(weights, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
-    console.print(
-        f"{found.described}: {sum(t.numel() for t in weights.values()):,} parameters in {len(weights)} tensors"
-    )
+    count = sum(tensor.numel() for tensor in weights.values())
+    console.print(f"{found.described}: {count:,} parameters in {len(weights)} tensors", soft_wrap=True)
     for note in found.notes:
         console.print(f"note: {note}", soft_wrap=True)
-    console.print(f"written to {target}")
+    console.print(f"written to {target}", soft_wrap=True)
     return found
 
 
@@ -140,7 +139,9 @@ def find_folder(source: str | Path) -> Path:
     """The folder `source`, downloaded first if it is a name on the hub."""
     if Path(source).is_dir():
         return Path(source)
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))
+    if Path(source).exists():
+        raise CheckpointError(f"{source} is a file: give the folder that it lies in")
+    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", str(source))
     if match is None:
         raise CheckpointError(f"{source}: no such folder")
     name, revision = match.groups()
@@ -188,8 +189,10 @@ class _Weights:
 def _shards(folder: Path) -> list[Path]:
     try:
         names = set(json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{folder / INDEX_FILE}: not an index of shards ({error})") from None
+    if not names or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{folder / INDEX_FILE}: not an index of shards (it does not name files)")
     for name in sorted(names):
         if Path(name).name != name:
             raise CheckpointError(f"{folder / INDEX_FILE}: {name} is outside the folder")

@@ -5,6 +5,7 @@ in it can name a class or run code: known keys are read, and what would change t
 """
 
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,12 @@ def read_published_config(folder: Path) -> tuple[ModelConfig | FrameConfig, str]
             return _from_original(values, str(path)), "original"
         if kind in ("pe_audio_video", "pe_audio", "pe_video"):
             return _from_hf(values, folder), "hf"
+    except ConfigError:
+        raise
     except KeyError as error:
         raise ConfigError(f"{path}: the key {error} is missing") from None
+    except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise ConfigError(f"{path}: a setting is not of the kind that it should be ({error})") from error
     raise ConfigError(
         f"{path}: model_type={kind} is no PE-AV: known are pe_audio_video, pe_audio and pe_video of transformers, "
         "and the original's configs with text_model and audio_visual_model or audio_model"
@@ -129,6 +134,9 @@ def _from_hf(values: Section, folder: Path) -> ModelConfig | FrameConfig:
     source, kind = str(folder / "config.json"), values["model_type"]
     text = MODERNBERT | HF_TEXT | (values.get("text_config") or {})
     shared: Section = {"text": _text(text, text["num_hidden_layers"], source), "output_dim": text["hidden_size"]}
+    if (folder / "tokenizer_config.json").is_file():
+        longest = _read_json(folder / "tokenizer_config.json").get("model_max_length") or math.inf
+        shared["text"]["max_tokens"] = int(min(longest, shared["text"]["max_tokens"]))
     towers = values if kind != "pe_audio_video" else values.get("audio_video_config") or {}
     if kind != "pe_video":
         audio = towers.get("audio_config") or {}
@@ -175,6 +183,10 @@ def _text(section: Section, nth_text_layer: int, source: str) -> Section:
         if section.get(key):
             raise ConfigError(f"{source}: the text model has {key}, which no published PE-AV has and ours cannot")
     rope = section.get("rope_parameters") or {}
+    for kind in ("full_attention", "sliding_attention"):
+        rope_type = rope.get(kind, {}).get("rope_type", "default")
+        if rope_type != "default":
+            raise ConfigError(f"{source}: rope_type={rope_type} of the text model's {kind} is not what ours does")
     theta = {
         "global": section.get("global_rope_theta", rope.get("full_attention", {}).get("rope_theta", 160_000.0)),
         "local": section.get("local_rope_theta", rope.get("sliding_attention", {}).get("rope_theta", 10_000.0)),
@@ -267,7 +279,10 @@ def _preprocessing(folder: Path, part: str) -> Section:
     if (folder / separate[part]).is_file():
         values |= _read_json(folder / separate[part])
     if (folder / "processor_config.json").is_file():
-        values |= _read_json(folder / "processor_config.json").get(part) or {}
+        section = _read_json(folder / "processor_config.json").get(part) or {}
+        if not isinstance(section, dict):
+            raise ConfigError(f"{folder / 'processor_config.json'}: {part} is not a section of settings")
+        values |= section
     return values
 
 

@@ -7,7 +7,6 @@
 What fits by name and shape is taken; the report says what that was, what stayed random, and what was of no use.
 """
 
-import pickle
 import re
 from collections import Counter
 from pathlib import Path
@@ -21,6 +20,8 @@ from ..config import InitConfig
 from ..model.peav import PEAudioVideo
 from .names import CODEC, MODERNBERT, PE_CORE, TIMM, Rules, Stored, renamed, same, stored_by_pe_core
 
+OUTSIDE = "../"  # begins the names of what a larger model has beside the part
+
 
 def warm_start(model: PEAudioVideo, config: InitConfig) -> list[str]:
     """Fill towers of `model` as `config` says.
@@ -28,9 +29,13 @@ def warm_start(model: PEAudioVideo, config: InitConfig) -> list[str]:
     Returns:
         one line for each, to be shown.
     Raises:
-        CheckpointError: a file that cannot be read, or of which nothing fits.
+        CheckpointError: a file that cannot be read, or of which nothing fits; a tower that the model does not have.
     """
     lines = []
+    for key, tower in (("text", model.text), ("vision", model.video), ("codec", model.audio)):
+        if tower is None and getattr(config, key) is not None:
+            needed = {"vision": "video", "codec": "audio"}.get(key, key)
+            raise CheckpointError(f"init.{key}: the model has no {needed} tower: leave it out, or add a head of it")
     if config.text is not None:
         weights = _stripped(_read(Path(config.text)), "model.")
         lines.append(_take("text", model.text, config.text, weights, MODERNBERT))
@@ -52,6 +57,8 @@ def fold_weight_norm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if match is None:
             continue
         other = "weight_v" if match[2] == "weight_g" else "parametrizations.weight.original1"
+        if f"{match[1]}.{other}" not in weights:
+            raise CheckpointError(f"{name} has no {other} beside it, so the weight cannot be folded")
         gain, direction = folded.pop(name), folded.pop(f"{match[1]}.{other}")
         norm = direction.flatten(1).norm(dim=1).reshape(gain.shape)  # per output channel
         folded[f"{match[1]}.weight"] = direction * (gain / norm)
@@ -75,8 +82,11 @@ def _take(key: str, part: nn.Module, path: str, weights: dict[str, Tensor], rule
     if not taken:
         reason = f"{misshapen[0]} does not fit" if misshapen else f"it has names like {', '.join(sorted(weights)[:3])}"
         raise CheckpointError(f"init.{key}={path}: nothing in it is a weight of this model's {key}: {reason}")
+    broken = [name for name in used if not weights[name].isfinite().all()]
+    if broken:
+        raise CheckpointError(f"init.{key}={path}: NaN or Inf in {_some(sorted(broken))}")
     part.load_state_dict(taken, strict=False)  # into the model's own dtype and device
-    unused = Counter(re.sub(r"\.\d+\..*$", "", name).split(".")[0] for name in weights if name not in used)
+    unused = Counter(name.removeprefix(OUTSIDE).split(".")[0] for name in weights if name not in used)
     line = f"init.{key}: took {len(taken)} of {len(taken) + len(misshapen) + len(absent)} tensors from {path}"
     if misshapen:
         line += f"; of another shape and so random: {_some(misshapen)}"
@@ -97,19 +107,26 @@ def _read(path: Path) -> dict[str, Tensor]:
             return load_file(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # damaged bytes raise whatever they come to when they are read as a pickle
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path}: neither safetensors nor a pickle of nothing but weights ({reason})") from None
-    weights = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
-    weights = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    weights = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    weights = weights if isinstance(weights, dict) else {}
+    weights = {name: value for name, value in weights.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not weights:
         raise CheckpointError(f"{path}: holds no weights by name")
     return weights
 
 
 def _stripped(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The weights without the prefix that the part has inside a larger model."""
-    return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    """The weights without the prefix that the part has inside a larger model. What stands outside of the part is put
+    aside: a CLIP's text tower has the names that its `visual.` has within."""
+    if not any(name.startswith(prefix) for name in weights):
+        return weights
+    return {
+        name.removeprefix(prefix) if name.startswith(prefix) else OUTSIDE + name: tensor
+        for name, tensor in weights.items()
+    }
 
 
 def _some(names: list[str]) -> str:

@@ -1,12 +1,13 @@
-"""Clips with captions: a JSONL manifest, a dataset that decodes, and batches for the model.
+"""From a clip of a manifest to a batch for the model.
 
-An item that cannot be read is not an error here: it becomes `{"id", "error"}`, travels through the batch's "bad" list
-to whoever drives, and is skipped.
+`ClipReader` decodes one clip, in a worker; `Collate` makes a batch of several. What cannot be read is no error here: an
+item carries what could be read and, under "error", why the rest could not. If two of sound, picture and caption are
+left, the item is used; in any case its reason travels through the batch's "bad" list to whoever drives.
 """
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,137 +16,204 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
 
-from ..config import ConfigError, DataConfig
+from ..config import HEADS, ConfigError, DataConfig
 from .demo import prepare_demo
+from .loader import read_all
+from .manifest import Clip, Manifest, read_manifest
 from .processor import Processor
+from .stamps import prepare_stamps
+
+# which of a clip's kinds of caption can stand for a kind, best first; None: a caption that tells of everything
+SUBSTITUTES: dict[str | None, tuple[str | None, ...]] = {
+    None: (None, "audio_visual", "audio", "visual"),
+    "audio": ("audio", None),
+    "visual": ("visual", None),
+    "audio_visual": ("audio_visual", None),
+}
+# what the text of an embedding is compared with, and so must not be silent about
+TOLD = {"text_audio": "audio", "audio_plus_text": "audio", "text_video": "visual", "video_plus_text": "visual"}
 
 
-@dataclass(frozen=True)
-class Clip:
-    id: str
-    path: str
-    caption: str
+    """Decodes a clip: {"id", "captions", "waveform", "frames"} as far as it has them, "error" for what is not read."""
+
+    def __init__(self, processor: Processor, max_seconds: float):
+        self.processor, self.max_seconds = processor, max_seconds
+
+    def __call__(self, clip: Clip) -> dict[str, Any]:
+        item: dict[str, Any] = {"id": clip.id, "captions": clip.captions}
+        errors = [clip.problem] if clip.problem else []
+        readers = (
+            ("waveform", clip.audio, self.processor.audio_item),
+            ("frames", clip.video, self.processor.video_item),
+        )
+        for name, source, read in readers:
+            if source is not None:
+                try:
+                    item[name] = read(source, max_seconds=self.max_seconds, start=clip.start, end=clip.end)
+                except (ValueError, OSError, RuntimeError, MemoryError) as error:  # MediaError is a ValueError
+                    errors.append(str(error))
+        return item | ({"error": "; ".join(dict.fromkeys(errors))} if errors else {})
 
 
-def read_manifest(path: str | Path) -> list[Clip]:
-    """The clips of a JSONL manifest: one {"path", "caption"} per line, "id" optional; other keys are left alone.
-
-    Relative paths start from the manifest's own folder.
-
-    Raises:
-        ConfigError: no such file, no clips, or a line that is not JSON or lacks a key; the message names the line.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such manifest")
-    clips = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}:{number}: not JSON ({error.msg}); one object per line") from None
-        for key in ("path", "caption"):
-            if not isinstance(entry, dict) or not isinstance(entry.get(key), str):
-                raise ConfigError(f'{path}:{number}: no text under "{key}"; a line is {{"path": …, "caption": …}}')
-        clips.append(Clip(str(entry.get("id", entry["path"])), str(path.parent / entry["path"]), entry["caption"]))
-    if not clips:
-        raise ConfigError(f"{path}: holds no clips")
-    repeated = len(clips) - len({clip.id for clip in clips})
-    if repeated:
-        raise ConfigError(f"{path}: {repeated} ids stand more than once; give every clip its own")
-    return clips
+def usable(item: dict[str, Any]) -> bool:
+    """Whether there are two things to pair."""
+    sound, picture = (any(name in item for name in names) for names in (SOUND, PICTURE))
+    return sound + picture + bool(item.get("captions")) >= 2
 
 
-class ClipDataset(Dataset):
-    """Decodes clip i when asked for it: {"id", "caption", "waveform", "frames"}, or {"id", "error"} if it cannot."""
-
-    def __init__(self, clips: list[Clip], processor: Processor, max_seconds: float):
-        self.clips, self.processor, self.max_seconds = clips, processor, max_seconds
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        clip = self.clips[index]
-        try:
-            if not clip.caption.strip():
-                raise ValueError("the caption is empty")
-            return {"id": clip.id, "caption": clip.caption} | self.processor.load_clip(clip.path, self.max_seconds)
-        except (ValueError, OSError) as error:  # MediaError is a ValueError
-            return {"id": clip.id, "error": str(error)}
-
-
-class MemoryDataset(Dataset):
-    """Items that are all decoded already."""
-
-    def __init__(self, items: list[dict[str, Any]]):
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.items[index]
+SOUND = ("waveform", "codec_features")
+PICTURE = ("frames", "frame_features")
 
 
 def load_into_memory(
-    dataset: ClipDataset, num_workers: int, encode: Callable[[Tensor], Tensor] | None, title: str
-) -> MemoryDataset:
+    clips: Sequence[Clip],
+    read: Callable[[Clip], dict[str, Any]],
+    num_workers: int,
+    encode: Callable[[Tensor], Tensor] | None,
+    title: str,
+    time_limit: float | None = None,
+) -> list[dict[str, Any]]:
     """Decode every clip once, with a progress bar.
 
     Args:
         encode: the codec where it is frozen, (1, 1, samples) -> (1, frames, dim): its features replace the waveform,
             since they would come out the same in every epoch.
+        time_limit: seconds that one clip may take.
     """
-    # each worker decodes one clip at a time, in order: the items do not depend on how many workers there are
-    loader = DataLoader(dataset, batch_size=None, num_workers=num_workers)
     items = []
-    for item in track(loader, title, total=len(dataset), console=Console(stderr=True)):
+    done = read_all(clips, read, num_workers, time_limit)
+    for item in track(done, title, total=len(clips), console=Console(stderr=True)):
         if encode is not None and "waveform" in item:
             item["codec_features"] = encode(item.pop("waveform")[None, None])[0]
         items.append(item)
-    return MemoryDataset(items)
+    return items
 
 
 class Collate:
-    """Items -> {"inputs": the model's arguments, "ids": …, "bad": items that cannot be used}."""
+    """Items -> a batch, as a dict:
 
-    def __init__(self, processor: Processor):
-        self.processor = processor
+    - "inputs": the model's arguments, or None if no item can be used. A row that lacks sound, picture or caption has
+      the shortest possible placeholder there; what no row has is left out.
+    - "texts": kind of caption -> {"input_ids", "attention_mask"}, of the kinds asked for. Kind None is in "inputs" too.
+    - "valid": embedding, as "audio" or "text_video@visual" -> (B,) bool, whether the row has what it is made of.
+    - "caption_keys": kind -> (B,) int64, equal where captions are equal, in every process.
+    - "has_audio", "has_video": (B,) bool. "ids": of the rows. "bad": [{"id", "error"}], of what could not be read.
 
-    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        good = [item for item in items if "error" not in item]
-        bad = [item for item in items if "error" in item]
-        return {"inputs": self._inputs(good) if good else None, "ids": [item["id"] for item in good], "bad": bad}
+    Args:
+        kinds: the kinds of caption that the loss compares with; None: one caption for all.
+    """
 
-    def _inputs(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = self.processor.batch_text([item["caption"] for item in items])
-        batch |= self.processor.batch_videos([item["frames"] for item in items])
-        if "waveform" in items[0]:
-            return batch | self.processor.batch_audio([item["waveform"] for item in items])
-        features = [item["codec_features"] for item in items]
-        lengths = torch.tensor([len(feature) for feature in features])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        return batch | {"codec_features": pad_sequence(features, batch_first=True), "padding_mask": mask}
+    def __init__(self, processor: Processor, kinds: Sequence[str | None] = (None,)):
+        self.processor, self.kinds = processor, tuple(kinds)
+
+    def __call__(self, items: Sequence[dict[str, Any]], picks: Sequence[int] | None = None) -> dict[str, Any]:
+        """
+        Args:
+            picks: per item, a number that decides which of several captions of one kind it shows; None: the first.
+        """
+        bad = [{"id": item["id"], "error": item["error"]} for item in items if "error" in item]
+        rows = [(item, pick) for item, pick in zip(items, picks or [0] * len(items), strict=True) if usable(item)]
+        batch = {"inputs": None, "ids": [item["id"] for item, _ in rows], "bad": bad}
+        if not rows:
+            return batch
+        good = [item for item, _ in rows]
+        inputs = self._sound(good) | self._picture(good)
+        has = {
+            "audio": torch.tensor([any(name in item for name in SOUND) for item in good]),
+            "video": torch.tensor([any(name in item for name in PICTURE) for item in good]),
+        }
+        valid = {name: torch.stack([has[part] for part in HEADS[name] if part in has]).all(0) for name in MEDIA}
+        texts, keys = {}, {}
+        for kind in self.kinds:
+            found = [_caption(item["captions"], kind, pick) for item, pick in rows]
+            if any(found):
+                texts[kind] = self.processor.batch_text([EMPTY if one is None else one[1] for one in found])
+            unique = [-row if one is None else _key(one[1]) for row, one in enumerate(found, 1)]
+            keys[kind] = torch.tensor(unique)
+            for name in TEXTS:
+                told = torch.tensor([one is not None and _tells(one[0], name, kind) for one in found])
+                media = [has[part] for part in HEADS[name] if part in has]
+                valid[name if kind is None else f"{name}@{kind}"] = torch.stack([told, *media]).all(0)
+        flags = {"has_audio": has["audio"], "has_video": has["video"]}
+        inputs |= texts.get(None, {})
+        return batch | flags | {"inputs": inputs, "texts": texts, "valid": valid, "caption_keys": keys}
+
+    def _sound(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
+        features = [item["codec_features"] for item in items if "codec_features" in item]
+        if features:
+            empty = torch.zeros_like(features[0][:1])
+            return _features("codec_features", "padding_mask", [i.get("codec_features", empty) for i in items])
+        if not any("waveform" in item for item in items):
+            return {}
+        empty = torch.zeros(self.processor.config.audio.codec.hop_length)
+        return self.processor.batch_audio([item.get("waveform", empty) for item in items])
+
+    def _picture(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
+        features = [item["frame_features"] for item in items if "frame_features" in item]
+        if features:
+            empty = torch.zeros_like(features[0][:1])
+            return _features("frame_features", "padding_mask_videos", [i.get("frame_features", empty) for i in items])
+        frames = [item["frames"] for item in items if "frames" in item]
+        if not frames:
+            return {}
+        empty = torch.zeros_like(frames[0][:1])
+        return self.processor.batch_videos([item.get("frames", empty) for item in items])
+
+
+EMPTY = "-"  # the text of rows without a caption, which no loss counts
+MEDIA = [name for name in HEADS if "text" not in HEADS[name]]
+TEXTS = [name for name in HEADS if "text" in HEADS[name]]
+
+
+def _caption(captions: dict[str | None, list[str]], kind: str | None, pick: int) -> tuple[str | None, str] | None:
+    """(its own kind, the caption) that stands for `kind`, or None if there is none."""
+    for own in SUBSTITUTES[kind]:
+        if captions.get(own):
+            return own, captions[own][pick % len(captions[own])]
+    return None
+
+
+def _tells(own: str | None, embedding: str, kind: str | None) -> bool:
+    """Whether a caption of kind `own` may stand in this embedding: what is only seen says nothing of what is heard."""
+    if kind is not None or own in (None, "audio_visual"):
+        return True
+    return TOLD.get(embedding) == own
+
+
+def _features(name: str, mask_name: str, rows: list[Tensor]) -> dict[str, Tensor]:
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    return {name: pad_sequence(rows, batch_first=True).float(), mask_name: mask}
+
+
+def _key(caption: str) -> int:
+    """The same in every process, as `hash` is not; int64."""
+    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def to_device(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
 
 
-def manifest_paths(config: DataConfig) -> tuple[Path | None, Path | None]:
-    """(train, eval) manifests of a data set; the demo world is rendered if it is not there yet."""
+def open_manifest(config: DataConfig, split: str) -> Manifest:
+    """The clips of a data set to "train" or to "eval"uate on; demo and stamps are rendered if they are not there.
+
+    Raises:
+        ConfigError: no such data set, or a manifest that is none.
+    """
+    path, part = getattr(config, split), getattr(config, f"{split}_split")
     if config.demo is not None:
-        return prepare_demo(config.demo)
-    return tuple(None if path is None else Path(path) for path in (config.train, config.eval))
+        path, part = prepare_demo(config.demo)[("train", "eval").index(split)], None
+    if config.stamps is not None:
+        path, part = prepare_stamps(config.stamps)[("train", "eval").index(split)], None
+    if path is None:
+        raise ConfigError(f"data.{split} is not set: give a manifest, e.g. data.{split}=clips.jsonl, or use data=demo")
+    return read_manifest(path, part)
 
 
 class BadItems:
-    """Items that could not be used: listed in a file, counted, and too many of them end the run."""
+    """Items of which something could not be used: listed in a file, counted, and too many of them end the run."""
 
     def __init__(self, path: Path, total: int, max_fraction: float):
         """

@@ -1,16 +1,20 @@
-"""Files to tensors: the audio track, and the frames that a model samples.
+"""Files to tensors: the audio track, and the frames that a model samples, of a whole file or of a part of it.
 
-PyAV reads audio and says when each frame is on screen; decord decodes the frames of the files that it reads exactly as
-PyAV does, and PyAV those of all others. So what comes back does not depend on whether decord is installed. decord 0.6.0
-needs that care: read here and there, files with open groups of pictures (the default of x265) or B-frames in AVI give
-it wrong frames, and edit lists, AV1, more than 8 bits and frames 48 pixels wide it gets wrong or refuses.
+PyAV, which carries its own FFmpeg, reads everything. Which frames there are and when each is on screen comes from the
+packets alone, so that only the wanted frames are converted, and long stretches between them are passed by seeking. A
+seek that does not arrive where it should is not believed: the file is then decoded from its beginning.
 
-Decoders are imported when first used and files opened in the process that reads them, which is what lets the workers of
-a data loader be forked. One thread each: the workers are the parallelism.
+A source is the path of a file, or `SHARD.tar#OFFSET+SIZE`: the file that lies there inside an uncompressed tar, which
+FFmpeg reads in place.
+
+PyAV is imported when first used and files are opened in the process that reads them, so that the workers of a data
+loader can be forked. One thread each: the workers are the parallelism.
 """
 
 import math
 import os
+import re
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -24,6 +28,11 @@ from einops import rearrange
 from torch import Tensor
 
 CHUNK = 32  # frames that are decoded before the next are asked for: at full HD 0.2 GB
+
+
+PREROLL = 1.0  # seconds decoded before a part: after a seek, decoders need a few blocks until their output is right
+SEEKABLE = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "wav", "flac", "ogg"}  # formats whose times survive a seek
+MEMBER = re.compile(r"(.+\.tar)#(\d+)\+(\d+)", re.DOTALL)  # a file inside a tar, by its offset and size in bytes
 
 
 class MediaError(ValueError):
@@ -65,33 +74,51 @@ def _exact(value: float) -> Fraction:
 # audio
 
 
-def read_audio(path: str | Path, max_seconds: float | None = None) -> tuple[Tensor, int]:
+def read_audio(
+    path: str | Path, max_seconds: float | None = None, start: float = 0.0, end: float | None = None
+) -> tuple[Tensor, int]:
     """The audio track of a media file, as it is: own rate, own channels.
 
     Args:
-        max_seconds: read this much from the start, and do not decode the rest.
+        max_seconds: read this much at most, and do not decode the rest.
+        start, end: the part to read, in seconds from where the earliest track of the file begins; end None: to the
+            end. The part is sought, not decoded towards, where the format allows it.
     Returns:
         (channels, samples) float32 in [-1, 1], and the rate in Hz.
     Raises:
-        MediaError: no such file, not media, damaged, without an audio track, or with an empty one.
+        MediaError: no such file, not media, damaged, without an audio track, or with nothing in it between start and
+            end.
     """
-    require_positive(max_seconds=max_seconds)
-    blocks: list[Tensor] = []
-    rate, count = 0, 0
-    with _opened(path, "audio") as (container, stream):
-        for frame in container.decode(stream):
-            block = _float_samples(frame)
-            if blocks and (frame.sample_rate != rate or len(block) != len(blocks[0])):
-                raise MediaError(f"{path}: rate or channels change midway; re-encode it with fixed ones")
-            rate = frame.sample_rate
-            blocks.append(block)
-            count += block.shape[1]
-            if max_seconds is not None and count >= max_seconds * rate:
-                break
-    if count == 0:
-        raise MediaError(f"{path}: the audio track is empty; give the clip in videos= only, or leave it out")
-    limit = count if max_seconds is None else max(round(max_seconds * rate), 1)
-    return torch.cat(blocks, dim=1)[:, :limit], rate
+    check_part(start, end, max_seconds)
+    for seek in _ways(start):
+        blocks: list[Tensor] = []
+        with _opened(path, "audio") as (container, stream):
+            zero = _begin(container)
+            if seek and not _seek(container, stream, zero + _exact(start - PREROLL)):
+                continue
+            rate, at, first, stop = 0, 0, 0, math.inf  # positions in samples on the file's clock
+            for frame in container.decode(stream):
+                block = _float_samples(frame)
+                if not rate:
+                    rate, channels = frame.sample_rate, len(block)
+                    at = 0 if frame.pts is None else round((frame.pts * stream.time_base - zero) * rate)
+                    first = at if start == 0 else max(round(start * rate), at)
+                    stop = math.inf if end is None else round(end * rate)
+                    stop = stop if max_seconds is None else min(stop, first + max(round(max_seconds * rate), 1))
+                if frame.sample_rate != rate or len(block) != channels:
+                    raise MediaError(f"{path}: rate or channels change midway; re-encode it with fixed ones")
+                if at + block.shape[1] > first:  # what comes before the part is not kept
+                    blocks.append(block[:, max(first - at, 0) : min(stop - at, block.shape[1])])
+                at += block.shape[1]
+                if at >= stop:
+                    break
+        if seek and (not blocks or first > round(start * rate)):
+            continue  # arrived too late
+        if not blocks or blocks[0].shape[1] == 0:
+            where = f" after {start:g} s" if start else ""
+            raise MediaError(f"{path}: the audio track is empty{where}; give the clip in videos= only, or leave it out")
+        return torch.cat(blocks, dim=1), rate
+    raise AssertionError("the last way is without seeking, and returns or raises")
 
 
 def _float_samples(frame: Any) -> Tensor:
@@ -114,6 +141,8 @@ def read_frames(
     num_frames: int | None = None,
     frames_per_second: float | None = None,
     max_seconds: float | None = None,
+    start: float = 0.0,
+    end: float | None = None,
 ) -> Tensor:
     """Frames of a video file, upright and in RGB, at the file's own size.
 
@@ -121,12 +150,15 @@ def read_frames(
         num_frames: spread over the clip by `spread_indices`.
         frames_per_second: instead, those that `rate_indices` gives from the frames' own times. Neither: every frame.
         max_seconds: take only what comes on screen in this time from the first frame on.
+        start, end: the part to take, in seconds from where the earliest track of the file begins: all frames that are
+            on screen in it, so its first frame is the one that is there at `start`. The part is sought where the
+            format allows it.
     Returns:
         (F, 3, H, W) uint8; a picture is a clip of one frame.
     Raises:
-        MediaError: no such file, not media, damaged where a wanted frame is, or without a video track.
+        MediaError: no such file, not media, damaged where a wanted frame is, or without a frame between start and end.
     """
-    return torch.cat(list(iter_frames(path, num_frames, frames_per_second, max_seconds)))
+    return torch.cat(list(iter_frames(path, num_frames, frames_per_second, max_seconds, start, end)))
 
 
 def iter_frames(
@@ -134,26 +166,24 @@ def iter_frames(
     num_frames: int | None = None,
     frames_per_second: float | None = None,
     max_seconds: float | None = None,
+    start: float = 0.0,
+    end: float | None = None,
 ) -> Iterator[Tensor]:
     """As `read_frames`, in pieces of at most `CHUNK` frames: a long clip need not fit into memory at its own size."""
-    require_positive(num_frames=num_frames, frames_per_second=frames_per_second, max_seconds=max_seconds)
+    check_part(start, end, max_seconds)
+    require_positive(num_frames=num_frames, frames_per_second=frames_per_second)
     if num_frames is not None and frames_per_second is not None:
         raise ValueError("num_frames and frames_per_second are two ways to sample: give one")
-    timeline = _timeline(path, max_seconds)
+    timeline = _timeline(path, start, end, max_seconds)
     if num_frames is not None:
         index = spread_indices(len(timeline.starts), num_frames)
     elif frames_per_second is not None:
         index = rate_indices(timeline.starts, timeline.end, frames_per_second)
     else:
         index = list(range(len(timeline.starts)))
-
-    done = 0
-    if timeline.suits_decord:
-        for frames in _decord_frames(path, timeline, index):
-            yield frames
-            done += len(frames)
-    if done < len(index):  # no decord, or it gave up: PyAV goes on from there, or says what is wrong
-        yield from _av_frames(path, [timeline.stamps[i] for i in index[done:]])
+    pictures = _pictures(path, [timeline.stamps[i] for i in index], timeline.keys)
+    while piece := list(islice(pictures, CHUNK)):
+        yield rearrange(torch.from_numpy(np.stack(piece)), "f h w c -> f c h w")
 
 
 class _Packet(NamedTuple):
@@ -164,93 +194,107 @@ class _Packet(NamedTuple):
 
 
 class _Timeline(NamedTuple):
-    stamps: list[int]  # of every frame, ascending, in the stream's own unit: what a decoded frame is recognized by
-    starts: list[Fraction]  # the same in seconds from the first frame
-    end: Fraction  # when the last frame leaves the screen
-    suits_decord: bool  # decord reads this file as we do
+    stamps: list[int]  # of every frame of the part, ascending, in the stream's own unit: it tells a decoded frame
+    starts: list[Fraction]  # when each comes on screen, in seconds from the first
+    end: Fraction  # when the last frame leaves the screen, likewise
+    keys: list[int]  # stamps of the frames that decoding can begin with
 
 
-def _timeline(path: str | Path, max_seconds: float | None) -> _Timeline:
-    """When each frame of the first `max_seconds` is on screen, from the packets alone: nothing is decoded."""
-    packets: list[_Packet] = []  # in the file's order, which is the decoder's
-    limit = math.inf if max_seconds is None else _exact(max_seconds)
-    with _opened(path, "video") as (container, stream):
-        unit = stream.time_base
-        pixel = stream.codec_context.format
-        suits_decord = pixel is not None and all(component.bits == 8 for component in pixel.components)
-        earliest = math.inf
-        for packet in container.demux(stream):
-            if packet.size == 0:  # PyAV's mark of the end
+def _timeline(path: str | Path, start: float, end: float | None, max_seconds: float | None) -> _Timeline:
+    """When each frame of the part is on screen, from the packets alone: nothing is decoded."""
+    for seek in _ways(start):
+        packets: list[_Packet] = []  # in the file's order, which is the decoder's
+        with _opened(path, "video") as (container, stream):
+            unit, zero = stream.time_base, _begin(container)
+            if seek and not _seek(container, stream, zero + _exact(start - PREROLL)):
                 continue
-            if packet.pts is None:
-                raise MediaError(f"{path}: frames carry no time; re-encode it, e.g. as MP4")
-            packets.append(_Packet(packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard))
-            earliest = min(earliest, packet.pts)
-            # decoding times only grow and no frame is shown before it is decoded: all that follows is too late
-            if packet.dts is not None and (packet.dts - earliest) * unit >= limit:
-                suits_decord = False  # it would read the whole of a file of which we want the beginning
-                break
+            begin = zero + _exact(start) if start else None  # None: where the first frame is
+            limit = math.inf if end is None else zero + _exact(end)
+            longest = math.inf if max_seconds is None else _exact(max_seconds)
+            earliest = math.inf
+            for packet in container.demux(stream):
+                if packet.size == 0:  # PyAV's mark of the end
+                    continue
+                if packet.pts is None:
+                    raise MediaError(f"{path}: frames carry no time; re-encode it, e.g. as MP4")
+                packets.append(_Packet(packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard))
+                earliest = min(earliest, packet.pts)
+                # decoding times only grow and no frame is shown before it is decoded: all that follows is too late
+                last = min(limit, longest + max(earliest * unit, begin or -math.inf))
+                if packet.dts is not None and packet.dts * unit >= last:
+                    break
+        # a recording cut from a stream begins in the middle of a group of pictures, which nothing can decode
+        keys = sorted(packet.stamp for packet in packets if packet.is_key)
+        first = keys[0] if keys else earliest
+        if not (seek and first * unit > begin):  # else the seek arrived too late
+            break
 
-    # a recording cut from a stream begins in the middle of a group of pictures, which nothing can decode
-    first = next((packet.stamp for packet in packets if packet.is_key), earliest)
     shown = sorted(packet for packet in packets if packet.stamp >= first and not packet.is_discard)
     if not shown:
         raise MediaError(f"{path}: the video track is empty; give the clip in audio= only, or leave it out")
-    # decord counts every packet as a frame, and keyframes where they come in the file instead of on the screen
-    suits_decord = suits_decord and len(shown) == len(packets)
-    suits_decord = suits_decord and all(a.stamp == b.stamp for a, b in zip(packets, shown, strict=True) if a.is_key)
-
     stamps = [packet.stamp for packet in shown]
     # without a duration in the file the last frame stays as long as the one before it, or for one unit
     last = shown[-1].duration or (stamps[-1] - stamps[-2] if len(stamps) > 1 else 1)
-    starts = [(stamp - stamps[0]) * unit for stamp in stamps]
-    kept = sum(start < limit for start in starts)
-    return _Timeline(stamps[:kept], starts[:kept], min(starts[-1] + last * unit, limit), suits_decord)
+    times = [stamp * unit for stamp in (*stamps, stamps[-1] + last)]
+    begin = times[0] if begin is None else max(begin, times[0])
+    limit = min(limit, begin + longest, times[-1])
+    kept = [i for i, (on, off) in enumerate(pairwise(times)) if off > begin and on < limit]
+    if not kept:
+        raise MediaError(f"{path}: the video track ends before {start:g} s; correct start, or leave the clip out")
+    starts = [max(times[i] - begin, Fraction(0)) for i in kept]
+    return _Timeline([stamps[i] for i in kept], starts, limit - begin, keys)
 
 
-def _decord_frames(path: str | Path, timeline: _Timeline, index: list[int]) -> Iterator[Tensor]:
-    """(<= CHUNK, 3, H, W) pieces of the frames at `index`, as far as decord gets."""
-    try:
-        import decord
-    except ImportError:
-        return
-    try:
-        # fault_tol: an undecodable frame is an error, not a copy of its neighbour
-        reader = decord.VideoReader(os.path.abspath(path), ctx=decord.cpu(0), num_threads=1, fault_tol=0.0001)
-        starts = reader.get_frame_timestamp(range(len(reader)))[:, 0]  # float32 seconds
-        ours = np.array([float(start) for start in timeline.starts])
-        if len(starts) < len(ours) or not np.allclose(starts[: len(ours)], ours, atol=1e-3):
+def _pictures(path: str | Path, stamps: list[int], keys: list[int]) -> Iterator[np.ndarray]:
+    """The (H, W, 3) picture for each stamp; stamps ascend and may repeat."""
+    done = 0
+    for seek in (True, False):
+        try:
+            for picture in _decoded(path, stamps[done:], keys if seek else []):
+                done += 1
+                yield picture
             return
-        for at in range(0, len(index), CHUNK):
-            frames = torch.from_numpy(reader.get_batch(index[at : at + CHUNK]).asnumpy())
-            yield rearrange(frames, "f h w c -> f c h w")
-    except Exception:  # of half a dozen types; PyAV, which comes next, does better or knows the reason
-        return
+        except _SeekError:
+            pass  # and now what is left, from the beginning
 
 
-def _av_frames(path: str | Path, stamps: list[int]) -> Iterator[Tensor]:
-    """(<= CHUNK, 3, H, W) pieces of the frames with these stamps, which ascend and may repeat."""
-    pictures = _av_pictures(path, stamps)
-    while piece := list(islice(pictures, CHUNK)):
-        yield rearrange(torch.from_numpy(np.stack(piece)), "f h w c -> f c h w")
+class _SeekError(Exception):
+    """After a seek, a frame did not come that the packets promise."""
 
 
-def _av_pictures(path: str | Path, stamps: list[int]) -> Iterator[np.ndarray]:
-    """The (H, W, 3) picture for each stamp; the frames between them are decoded but not converted."""
+def _decoded(path: str | Path, stamps: list[int], keys: list[int]) -> Iterator[np.ndarray]:
+    """As `_pictures`, seeking the keyframe before a stamp where that leaves out more than `PREROLL`.
+
+    Frames that come between the wanted ones are decoded but not converted.
+    """
     from av.video.reformatter import VideoReformatter
 
     # one for all frames: `frame.to_ndarray(format="rgb24")` sets a converter up anew for each, at six times the cost
     reformatter = VideoReformatter()
     with _opened(path, "video") as (container, stream):
-        decoded = (frame for frame in container.decode(stream) if frame.pts is not None)
-        now, picture = None, None
+        unit = stream.time_base
+        decoded = container.decode(stream)
+        now, picture, sought = -math.inf, None, False
+        reached = _begin(container)  # seconds: how far decoding has come
         for stamp in stamps:
-            while now is None or now < stamp:
+            nearest = bisect_right(keys, stamp) - 1
+            if (
+                nearest >= 0
+                and keys[nearest] * unit - reached > PREROLL
+                and _seek(container, stream, keys[nearest] * unit)
+            ):
+                decoded, sought = container.decode(stream), True
+            while now < stamp:
                 frame = next(decoded, None)
+                if frame is not None and frame.pts is None:
+                    continue
                 now, picture = math.inf if frame is None else frame.pts, None
             if now != stamp:
-                when = float(stamp * stream.time_base)
+                if sought:
+                    raise _SeekError
+                when = float(stamp * unit)
                 raise MediaError(f"{path}: damaged, no frame decodes at {when:.2f} s; re-encode it or leave it out")
+            reached = now * unit
             if picture is None:
                 size = (stream.codec_context.width, stream.codec_context.height)
                 rgb = reformatter.reformat(frame, *size, format="rgb24", threads=1).to_ndarray()
@@ -258,16 +302,47 @@ def _av_pictures(path: str | Path, stamps: list[int]) -> Iterator[np.ndarray]:
             yield picture
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def source_path(source: str | Path) -> str:
+    """The file that a source lies in: itself, or the tar that holds it."""
+    member = MEMBER.fullmatch(str(source))
+    return member[1] if member else str(source)
+
+
+def probe(path: str | Path) -> dict[str, float | None]:
+    """Which of the tracks "audio" and "video" a source has, each with its seconds as the header says them, or None.
+
+    Raises:
+        MediaError: it cannot be opened, or has neither.
+    """
+    found: dict[str, float | None] = {}
+    errors = []
+    for kind in ("audio", "video"):
+        try:
+            with _opened(path, kind) as (container, stream):
+                if stream.duration is not None:
+                    found[kind] = float(stream.duration * stream.time_base)
+                else:
+                    found[kind] = None if container.duration is None else container.duration / 1_000_000
+        except MediaError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    return found
+
+
 @contextmanager
 def _opened(path: str | Path, kind: str) -> Iterator[tuple[Any, Any]]:
-    """PyAV's container of a file and its best "audio" or "video" stream; any complaint of FFmpeg is a `MediaError`."""
+    """PyAV's container of a source and its best "audio" or "video" stream; FFmpeg's complaints become `MediaError`."""
     import av
 
-    if not os.path.isfile(path):
-        raise MediaError(f"{path}: no such file")
     try:
-        # absolute: FFmpeg would take "a:b.mp4" for a protocol; tags in an unknown encoding are nothing to us
-        with av.open(os.path.abspath(path), metadata_errors="ignore") as container:
+        with av.open(
+            _url(path), metadata_errors="ignore"
+        ) as container:  # tags in an unknown encoding are nothing to us
             if container.format.name == "tty":  # FFmpeg would draw a text file as a terminal does
                 raise MediaError(f"{path}: a text file, not media; give captions in text=")
             stream = container.streams.best(kind)
@@ -280,6 +355,47 @@ def _opened(path: str | Path, kind: str) -> Iterator[tuple[Any, Any]]:
     except av.FFmpegError as error:
         reason = error.strerror or type(error).__name__
         raise MediaError(f"{path}: not a media file, or damaged ({reason}); re-encode it or leave it out") from error
+
+
+def _url(source: str | Path) -> str:
+    """What FFmpeg calls a source; absolute, or it would take "a:b.mp4" for a protocol."""
+    file = os.path.abspath(source_path(source))
+    if not os.path.isfile(file):
+        raise MediaError(f"{source}: no such file")
+    member = MEMBER.fullmatch(str(source))
+    if member is None:
+        return file
+    first, after = int(member[2]), int(member[2]) + int(member[3])
+    if os.path.getsize(file) < after:
+        raise MediaError(f"{source}: torn, the tar ends before the file in it does; pack it again")
+    return f"subfile,,start,{first},end,{after},,:{file}"
+
+
+def _begin(container: Any) -> Fraction:
+    """Seconds on the tracks' clocks at which the earliest of them begins."""
+    return Fraction(max(container.start_time or 0, 0), 1_000_000)  # below zero is what decoders drop, not played
+
+
+def _ways(start: float) -> tuple[bool, ...]:
+    """Whether to seek, in the order to try."""
+    return (True, False) if start > PREROLL else (False,)
+
+
+def _seek(container: Any, stream: Any, seconds: Fraction) -> bool:
+    """Go to the keyframe at or before `seconds` on the track's clock; False: this format has no exact way to."""
+    if container.format.name not in SEEKABLE:
+        return False
+    container.seek(int(seconds / stream.time_base), stream=stream)
+    return True
+
+
+def check_part(start: float, end: float | None, max_seconds: float | None) -> None:
+    """Raise `ValueError` unless these limit a part of a file."""
+    require_positive(max_seconds=max_seconds)
+    if not 0 <= start < math.inf:
+        raise ValueError(f"start={start} is not a time in seconds from the beginning of the file")
+    if end is not None and not end > start:
+        raise ValueError(f"end={end} is not after start={start}")
 
 
 def require_positive(**values: float | None) -> None:

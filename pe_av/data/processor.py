@@ -2,7 +2,7 @@
 
 One path for everyone: `audio_item` and `video_item` bring one item to the model's rate and size, and `batch_text`,
 `batch_audio` and `batch_videos` pad items into a batch. Calling the processor does both; a dataset does the first in
-its workers (`load_clip`), may keep the results (frames still as bytes), and lets `data.dataset.Collate` do the second.
+its workers, may keep the results (frames still as bytes), and lets `data.dataset.Collate` do the second.
 """
 
 import math
@@ -21,10 +21,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from pe_av.config import FrameConfig, ModelConfig, read_model_config
-from pe_av.data.media import CHUNK, MediaError, iter_frames, read_audio, require_positive, spread_indices
+from pe_av.data.media import CHUNK, MediaError, check_part, iter_frames, read_audio, spread_indices
 from pe_av.data.tokenizer import read_tokenizer
 
 Media = str | Path | Tensor | np.ndarray
+
+REACH = (
+    0.01  # seconds that the filter of `resample` reaches on either side: 6 periods of the lower rate, 1 kHz at least
+)
 
 
 class Processor:
@@ -108,7 +112,14 @@ class Processor:
     # -----------------------------------------------------------------------------------------------------------------
     # one item
 
-    def audio_item(self, audio: Media, sampling_rate: int | None = None, max_seconds: float | None = None) -> Tensor:
+    def audio_item(
+        self,
+        audio: Media,
+        sampling_rate: int | None = None,
+        max_seconds: float | None = None,
+        start: float = 0.0,
+        end: float | None = None,
+    ) -> Tensor:
         """One item's waveform as the codec reads it: mono, at the model's rate, in whole hops.
 
         Args:
@@ -116,19 +127,27 @@ class Processor:
                 int32 at full scale.
             sampling_rate: Hz, required for a waveform; a file brings its own.
             max_seconds: cut to the first part.
+            start, end: of a file, the part to take, in seconds. It is what resampling the whole and then cutting gives.
         Returns:
             (samples,) float32, reflect-padded on the right to a multiple of the codec's hop.
         Raises:
             MediaError: the item cannot be used.
         """
+        check_part(start, end, max_seconds)
+        end = _earlier(end, None if max_seconds is None else start + max_seconds)
         if isinstance(audio, str | Path):
-            waveform, rate = read_audio(audio, max_seconds)
+            # read from a whole second on, where the samples of both rates meet, and some more on either side, which
+            # the filter of the resampling reaches into
+            begin = max(math.floor(start - REACH), 0)
+            waveform, rate = read_audio(audio, start=begin, end=None if end is None else end + REACH)
             where = f"{audio}: "
         else:
-            require_positive(max_seconds=max_seconds)
+            if start:
+                raise ValueError("start and end cut files; cut a waveform before you give it")
+            begin = 0
             waveform, rate = _float_waveform(_as_tensor(audio, "a waveform")), _checked_rate(sampling_rate)
-            if max_seconds is not None:
-                waveform = waveform[:, : max(round(max_seconds * rate), 1)]
+            if end is not None:
+                waveform = waveform[:, : max(round((end + REACH) * rate), 1)]
             where = ""
         waveform = waveform.mean(dim=0)
         peak = waveform.abs().max().item()  # NaN and Inf, if any, are the largest
@@ -137,9 +156,17 @@ class Processor:
         if peak > 10:  # loud music may exceed 1, but not by this
             raise MediaError(f"{where}samples reach {peak:.0f} where [-1, 1] is full scale; divide, or pass int16")
         codec = self.config.audio.codec
-        return pad_to_hops(resample(waveform, rate, codec.sampling_rate), codec.hop_length)
+        waveform = resample(waveform, rate, codec.sampling_rate)
+        first = round((start - begin) * codec.sampling_rate)
+        length = None if end is None else max(round((end - start) * codec.sampling_rate), 1)
+        waveform = waveform[first:][:length]
+        if len(waveform) == 0:
+            raise MediaError(f"{where}the audio track ends before {start:g} s; correct start, or leave the clip out")
+        return pad_to_hops(waveform, codec.hop_length)
 
-    def video_item(self, video: Media, max_seconds: float | None = None) -> Tensor:
+    def video_item(
+        self, video: Media, max_seconds: float | None = None, start: float = 0.0, end: float | None = None
+    ) -> Tensor:
         """One item's frames as bytes, sampled as the model wants them and squashed to its square.
 
         Args:
@@ -147,6 +174,7 @@ class Processor:
                 `num_frames` or `frames_per_second`. Frames given as a tensor have no known rate: `num_frames` applies
                 to them, `frames_per_second` and `max_seconds` do not, so take them at the model's rate.
             max_seconds: cut a file to its first part.
+            start, end: of a file, the part to take, in seconds.
         Returns:
             (F, 3, S, S) uint8.
         Raises:
@@ -157,7 +185,7 @@ class Processor:
             raise ValueError("PEAudioFrame reads text and audio only: leave videos= out")
         config = self.config.video
         if isinstance(video, str | Path):
-            pieces = iter_frames(video, config.num_frames, config.frames_per_second, max_seconds)
+            pieces = iter_frames(video, config.num_frames, config.frames_per_second, max_seconds, start, end)
         else:
             frames = _checked_frames(_as_tensor(video, "frames"))
             if config.num_frames is not None:
@@ -166,19 +194,6 @@ class Processor:
         size = [config.vision.image_size] * 2
         resized = [VF.resize(piece, size, VF.InterpolationMode.BILINEAR, antialias=True) for piece in pieces]
         return torch.cat(resized).contiguous()
-
-    def load_clip(self, path: str | Path, max_seconds: float | None = None) -> dict[str, Tensor]:
-        """The sound and the picture of one file, compact enough to keep.
-
-        Returns:
-            `waveform` (samples,) float32 from `audio_item`, `frames` (F, 3, S, S) uint8 from `video_item`.
-        Raises:
-            MediaError: either cannot be read.
-        """
-        return {
-            "waveform": self.audio_item(path, max_seconds=max_seconds),
-            "frames": self.video_item(path, max_seconds=max_seconds),
-        }
 
     # -----------------------------------------------------------------------------------------------------------------
     # items to a batch
@@ -229,6 +244,11 @@ class Processor:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # waveforms
+
+
+def _earlier(one: float | None, other: float | None) -> float | None:
+    """The smaller of two limits, where None is no limit."""
+    return min((limit for limit in (one, other) if limit is not None), default=None)
 
 
 def resample(waveform: Tensor, rate: int, target: int) -> Tensor:

@@ -20,25 +20,35 @@ from ..data.processor import Processor
 @torch.no_grad()
 def embed_batches(
     model: nn.Module, batches: Iterable[dict[str, Any]], device: torch.device, title: str
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[dict[str, Any]]]:
     """Every embedding of every clip, with a progress bar.
 
     Args:
         batches: as `data.dataset.Collate` makes them.
     Returns:
-        name (`evaluation.metrics.EMBEDDINGS`) -> (N, D) float32 on the CPU, and the items that could not be read.
+        name (`evaluation.metrics.EMBEDDINGS`) -> (N, D) float32 on the CPU; name -> (N,) bool, whether the clip has
+        what it is made of (its row means nothing otherwise); and the items of which something could not be read.
     """
     was_training = model.training
     model.eval()
     parts: list[dict[str, Tensor]] = []
+    flags: list[dict[str, Tensor]] = []
     bad = []
     for batch in track(batches, title, console=Console(stderr=True), transient=True):
         bad += batch["bad"]
         if batch["inputs"] is not None:
             embeds = model(**to_device(batch["inputs"], device)).embeds()
             parts.append({name: value.float().cpu() for name, value in embeds.items()})
+            flags.append(batch["valid"])
     model.train(was_training)
-    return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else {})}, bad
+    widths = {name: value.shape[1] for part in parts for name, value in part.items()}
+    # a batch in which no clip has sound, say, has no audio embeddings
+    rows = [
+        {n: p.get(n, torch.zeros(len(f["audio"]), w)) for n, w in widths.items()}
+        for p, f in zip(parts, flags, strict=True)
+    ]
+    embeds = {name: torch.cat([part[name] for part in rows]) for name in widths}
+    return embeds, {name: torch.cat([flag[name] for flag in flags]) for name in widths}, bad
 
 
 @torch.no_grad()

@@ -97,11 +97,15 @@ def retrieval_metrics(ranks: Tensor, gallery_size: int) -> dict[str, float | int
     }
 
 
-def evaluate_embeddings(embeds: dict[str, Tensor]) -> dict[str, dict[str, float | int]]:
+def evaluate_embeddings(
+    embeds: dict[str, Tensor], valid: dict[str, Tensor] | None = None
+) -> dict[str, dict[str, float | int]]:
     """Retrieval in every direction whose two sides are there.
 
     Args:
         embeds: (N, D) by name (`EMBEDDINGS`); row i of each belongs to clip i.
+        valid: name -> (N,) bool, False where a clip has no such embedding: in a direction only clips that have both
+            sides are queries and gallery. None, or not named: all have it.
     Returns:
         direction, e.g. "text->audio", -> `retrieval_metrics`.
     Raises:
@@ -113,9 +117,16 @@ def evaluate_embeddings(embeds: dict[str, Tensor]) -> dict[str, dict[str, float 
     metrics = {}
     for direction, (query, gallery) in DIRECTIONS.items():
         if query in embeds and gallery in embeds:
+            sides = embeds[query], embeds[gallery]
+            flags = [valid[name] for name in (query, gallery) if valid and name in valid]
+            if flags:
+                both = torch.stack(flags).all(0)
+                if not both.any():
+                    continue
+                sides = tuple(side[both] for side in sides)
             try:
-                ranks = retrieval_ranks(embeds[query], embeds[gallery])
+                ranks = retrieval_ranks(*sides)
             except ValueError as error:
                 raise ValueError(f"{direction}: {error}") from error
-            metrics[direction] = retrieval_metrics(ranks, len(embeds[gallery]))
+            metrics[direction] = retrieval_metrics(ranks, len(ranks))
     return metrics

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from rich.console import Console
-from torch.utils.data import DataLoader
 
 from ..checkpoint import load_model
-from ..config import ConfigError, EvalConfig
-from ..data.dataset import BadItems, ClipDataset, Collate, manifest_paths, read_manifest
+from ..config import EvalConfig
+from ..data.cache import reader_for
+from ..data.dataset import BadItems, Collate, open_manifest
+from ..data.loader import BatchSampler, Loader
 from ..data.processor import Processor
 from ..device import pick_device, precision_context
 from .embed import embed_batches
@@ -26,22 +27,22 @@ def evaluate_checkpoint(config: EvalConfig, folder: Path) -> dict[str, dict[str,
     device = pick_device(config.device)
     model = load_model(config.checkpoint, device)
     processor = Processor.from_pretrained(config.checkpoint)
-    _, manifest = manifest_paths(config.data)
-    if manifest is None:
-        raise ConfigError("data.eval is not set: give a manifest, data.eval=clips.jsonl, or use data=demo")
-    clips = read_manifest(manifest)
+    clips = open_manifest(config.data, "eval")
     folder.mkdir(parents=True, exist_ok=True)
-    loader = DataLoader(
-        ClipDataset(clips, processor, config.data.max_seconds),
-        config.batch_size,
-        num_workers=config.data.num_workers,
-        collate_fn=Collate(processor),
+    loader = Loader(
+        clips,
+        reader_for(config.data, model, processor),
+        BatchSampler(len(clips), config.batch_size),
+        Collate(processor),
+        config.data.num_workers,
+        config.data.time_limit,
     )
     bad = BadItems(folder / "bad_items.jsonl", total=len(clips), max_fraction=config.max_bad_fraction)
     with precision_context(config.precision, device):
-        embeds, unusable = embed_batches(model, loader, device, "evaluating")
+        embeds, valid, unusable = embed_batches(model, loader, device, "evaluating")
+    loader.close()
     bad.add(unusable)
-    metrics = evaluate_embeddings(embeds)
+    metrics = evaluate_embeddings(embeds, valid)
     write_metrics(folder / "metrics.json", metrics, checkpoint=str(config.checkpoint), bad_items=len(bad.reasons))
     plot_similarity(embeds, folder / "similarity.png")
     print_table(metrics)

@@ -77,7 +77,18 @@ def video_features(tower: VideoEncoder | None, pixel_values_videos: Tensor, mask
             f"pixel_values_videos are {tuple(pixel_values_videos.shape)}, not (B, frames >= 1, 3, {size}, {size}): "
             "the Processor resizes them"
         )
-    pooled, sequence, attentions = tower(pixel_values_videos.to(tower.proj.weight.dtype), mask)
+    return frames_to_features(tower, tower.encode(pixel_values_videos.to(tower.proj.weight.dtype)), mask)
+
+
+def frames_to_features(tower: VideoEncoder | None, frame_features: Tensor, mask: Tensor | None) -> Features:
+    """The second half of `video_features`, from (B, F, vision_dim) and the mask (B, F)."""
+    _present(tower, "video")
+    _check(tower, "frame_features", frame_features, 3, mask, "padding_mask_videos", dim=1)
+    width = tower.proj.in_features
+    if frame_features.shape[2] != width or frame_features.shape[1] == 0:
+        shape = tuple(frame_features.shape)
+        raise ValueError(f"frame_features are {shape}, not (B, frames >= 1, output_dim={width} of the frame encoder)")
+    pooled, sequence, attentions = tower(frame_features.to(tower.proj.weight.dtype), mask)
     return Features(pooled, sequence, mask, attentions)
 
 

@@ -1,5 +1,6 @@
 """PE-AV: audio, video, audio+video and text in one space (arXiv 2512.19687)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -8,7 +9,14 @@ from torch import Tensor, nn
 from ..config import HEADS, PAIRINGS, ModelConfig
 from ..loss import sigmoid_loss
 from .build import build_audio, build_fusion, build_text, build_video, init_linear
-from .features import Features, audio_features, codec_to_features, text_features, video_features
+from .features import (
+    Features,
+    audio_features,
+    codec_to_features,
+    frames_to_features,
+    text_features,
+    video_features,
+)
 from .heads import ContrastiveHead, PairLogits
 from .text import TextBlock
 from .transformer import Block
@@ -98,6 +106,7 @@ class PEAudioVideo(nn.Module):
         padding_mask: Tensor | None = None,
         padding_mask_videos: Tensor | None = None,
         codec_features: Tensor | None = None,
+        frame_features: Tensor | None = None,
         return_loss: bool = False,
         loss_weights: dict[str, float] | None = None,
         output_attentions: bool = False,
@@ -111,6 +120,8 @@ class PEAudioVideo(nn.Module):
                 Masks are bool, True where valid, valid positions first; None: all valid.
             codec_features: (B, frames, codebook_dim) from `audio.encode`, instead of input_values, for a codec that is
                 frozen and clips that are seen often; padding_mask is then (B, frames).
+            frame_features: (B, F, output_dim of the frame encoder) from `video.encode`, instead of
+                pixel_values_videos, for a frame encoder that is frozen.
             return_loss: also the sigmoid contrastive loss of every pairing that the inputs allow, and their sum.
             loss_weights: weight of each pairing in the sum, 1 where not named.
             output_attentions: also the attention weights of each tower; the model must be built with attention=eager.
@@ -119,8 +130,11 @@ class PEAudioVideo(nn.Module):
         """
         if input_values is not None and codec_features is not None:
             raise ValueError("input_values and codec_features are the same audio twice: pass one of them")
+        if pixel_values_videos is not None and frame_features is not None:
+            raise ValueError("pixel_values_videos and frame_features are the same video twice: pass one of them")
         audio_input = input_values if codec_features is None else codec_features
-        given = {"text": input_ids, "audio": audio_input, "video": pixel_values_videos}
+        video_input = pixel_values_videos if frame_features is None else frame_features
+        given = {"text": input_ids, "audio": audio_input, "video": video_input}
         given = {name: value for name, value in given.items() if value is not None}
         if len(given) < 2:
             use = {"text": "get_text_audio_embeds, get_text_video_embeds or get_text_audio_video_embeds"}
@@ -142,6 +156,8 @@ class PEAudioVideo(nn.Module):
         if codec_features is not None:
             audio = codec_to_features(self.audio, codec_features, padding_mask)
         video = None if pixel_values_videos is None else self._video(pixel_values_videos, padding_mask_videos)
+        if frame_features is not None:
+            video = frames_to_features(self.video, frame_features, padding_mask_videos)
         fused = self._fuse(audio, video) if audio and video and self.fusion else None
         towers = {"text": text, "audio": audio, "video": video, "audio_video": fused}
         towers = {name: features for name, features in towers.items() if features is not None}
@@ -174,6 +190,43 @@ class PEAudioVideo(nn.Module):
                     weighted = loss * (loss_weights or {}).get(pairing, 1.0)
                     out.loss = weighted if out.loss is None else out.loss + weighted
         return out
+
+    def embed(
+        self, inputs: Mapping[str, Tensor], texts: Mapping[str | None, Mapping[str, Tensor]] | None = None
+    ) -> dict[str, Tensor]:
+        """Every embedding that a batch allows, also of one modality alone and with captions of several kinds.
+
+        Args:
+            inputs: arguments of `forward` by name.
+            texts: kind of caption -> `input_ids` and `attention_mask`; None: those of `inputs`, of kind None.
+        Returns:
+            name, for captions of a kind with "@<kind>" -> (B, D).
+        """
+        if texts is None:
+            names = ("input_ids", "attention_mask")
+            texts = {None: {name: inputs[name] for name in names if name in inputs}} if "input_ids" in inputs else {}
+        towers: dict[str, Features] = {}
+        if "codec_features" in inputs:
+            towers["audio"] = codec_to_features(self.audio, inputs["codec_features"], inputs.get("padding_mask"))
+        elif "input_values" in inputs:
+            towers["audio"] = self._audio(inputs["input_values"], inputs.get("padding_mask"))
+        if "frame_features" in inputs:
+            mask = inputs.get("padding_mask_videos")
+            towers["video"] = frames_to_features(self.video, inputs["frame_features"], mask)
+        elif "pixel_values_videos" in inputs:
+            towers["video"] = self._video(inputs["pixel_values_videos"], inputs.get("padding_mask_videos"))
+        if self.fusion is not None and len(towers) == 2:
+            towers["audio_video"] = self._fuse(towers["audio"], towers["video"])
+        embeds = {name: self._head(name)(tower.pooled) for name, tower in towers.items() if name in self.heads}
+        for kind, tokens in texts.items():
+            text = self._text(tokens["input_ids"], tokens.get("attention_mask"))
+            at = "" if kind is None else f"@{kind}"
+            for name, head in self.heads.items():
+                if name.startswith("text_"):
+                    embeds[name + at] = head(text.pooled)
+                elif name.removesuffix("_plus_text") in towers and name.endswith("_plus_text"):
+                    embeds[name + at] = self._plus_text(name, towers[name.removesuffix("_plus_text")], text)
+        return embeds
 
     def get_audio_embeds(self, input_values: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """(B, 1, samples) -> (B, D), to be compared with `get_text_audio_embeds` and `get_video_embeds`."""
@@ -231,7 +284,9 @@ class PEAudioVideo(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """The repeated layers of all towers, in which nearly all of the memory and time goes."""
-        return [module for module in self.modules() if isinstance(module, Block | TextBlock | VisionBlock)]
+        unused = () if self.text is None else self.text.layers[self.text.nth :]  # they never run
+        kinds = Block | TextBlock | VisionBlock
+        return [module for module in self.modules() if isinstance(module, kinds) and module not in unused]
 
     def set_attention(self, implementation: str) -> None:
         """Compute attention by "eager", "sdpa" or "flex" from now on; the weights stay."""

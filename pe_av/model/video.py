@@ -9,7 +9,7 @@ from .vit import VisionTransformer
 
 
 class VideoEncoder(nn.Module):
-    """(B, F, 3, S, S) -> pooled (B, D), sequence (B, F, D)."""
+    """Frame features (B, F, vision_dim), `encode`d from frames -> pooled (B, D) and sequence (B, F, D)."""
 
     def __init__(self, vision: VisionTransformer, transformer: TemporalTransformer, vision_dim: int, hidden_size: int):
         super().__init__()
@@ -18,17 +18,19 @@ class VideoEncoder(nn.Module):
         self.data_proj = nn.Linear(hidden_size, hidden_size)
         self.transformer = transformer
 
+    def encode(self, pixel_values_videos: Tensor) -> Tensor:
+        """(B, F, 3, S, S) in [-1, 1] -> (B, F, vision_dim), of unit length: what a frozen frame encoder gives."""
+        batch = pixel_values_videos.shape[0]
+        frames = self.vision(rearrange(pixel_values_videos, "b f c h w -> (b f) c h w"))
+        return rearrange(F.normalize(frames, dim=-1), "(b f) d -> b f d", b=batch)
+
     def forward(
-        self, pixel_values_videos: Tensor, padding_mask_videos: Tensor | None = None
+        self, frame_features: Tensor, padding_mask_videos: Tensor | None = None
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """
         Args:
-            pixel_values_videos: (B, F, 3, S, S) in [-1, 1].
-            padding_mask_videos: (B, F) bool, True where valid, valid frames first.
+            frame_features: (B, F, vision_dim); padding_mask_videos: (B, F) bool, True where valid, valid frames first.
         Returns:
             pooled (B, D), sequence (B, F, D), attention weights per layer.
         """
-        batch = pixel_values_videos.shape[0]
-        frames = self.vision(rearrange(pixel_values_videos, "b f c h w -> (b f) c h w"))
-        features = rearrange(F.normalize(frames, dim=-1), "(b f) d -> b f d", b=batch)
-        return self.transformer(self.data_proj(self.proj(features)), padding_mask_videos)
+        return self.transformer(self.data_proj(self.proj(frame_features)), padding_mask_videos)

@@ -3,7 +3,7 @@
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,21 +16,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
 
 from ..checkpoint import build_model, load_model, save_model
 from ..config import PAIRINGS, ConfigError, TrainConfig
 from ..conversion.warm_start import warm_start
+from ..data.cache import reader_for
 from ..data.dataset import (
     BadItems,
-    Clip,
-    ClipDataset,
+    ClipReader,
     Collate,
     load_into_memory,
-    manifest_paths,
-    read_manifest,
+    open_manifest,
     to_device,
 )
+from ..data.loader import BatchSampler, Loader
+from ..data.manifest import Manifest
 from ..data.processor import Processor
 from ..data.tokenizer import read_tokenizer, train_tokenizer
 from ..device import pick_device, precision_context
@@ -54,10 +54,7 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         seed_everything(config.seed)
 
-        manifests = manifest_paths(config.data)
-        train_clips, eval_clips = (self._clips(*named) for named in zip(("train", "eval"), manifests, strict=True))
-        if len(train_clips) < config.batch_size:
-            raise ConfigError(f"{len(train_clips)} clips do not fill batch_size={config.batch_size}: lower it")
+        train_clips, eval_clips = (open_manifest(config.data, split) for split in ("train", "eval"))
         self.bad = BadItems(folder / "bad_items.jsonl", len(train_clips) + len(eval_clips), config.max_bad_fraction)
         self.model, self.processor = self._model(train_clips)
         counts = self.model.parameter_counts()
@@ -114,9 +111,9 @@ class Run:
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Retrieval on the evaluation set; writes `metrics.json`, the loss plot and the similarity matrices."""
         with self.autocast:
-            embeds, bad = embed_batches(self.model, self.eval_loader, self.device, "evaluating")
+            embeds, valid, bad = embed_batches(self.model, self.eval_loader, self.device, "evaluating")
         self.bad.add(bad)
-        metrics = evaluate_embeddings(embeds)
+        metrics = evaluate_embeddings(embeds, valid)
         recalls = {direction: row["R@1"] for direction, row in metrics.items()}
         self.recalls.append({"step": self.step, "R@1": recalls})
         write_metrics(self.folder / "metrics.json", metrics, step=self.step, bad_items=len(self.bad.reasons))
@@ -166,14 +163,7 @@ class Run:
                 if len(batch["ids"]) >= 2:  # one clip alone has nothing to be told from
                     yield batch
 
-    def _clips(self, split: str, manifest: Path | None) -> list[Clip]:
-        if manifest is None:
-            raise ConfigError(
-                f"data.{split} is not set: give a manifest, e.g. data.{split}=clips.jsonl, or use data=demo"
-            )
-        return read_manifest(manifest)
-
-    def _model(self, train_clips: list[Clip]) -> tuple[PEAudioVideo, Processor]:
+    def _model(self, train_clips: Manifest) -> tuple[PEAudioVideo, Processor]:
         """From the checkpoint, or with random weights and a tokenizer made from the captions."""
         config = self.config
         if config.checkpoint is not None:
@@ -184,18 +174,18 @@ class Run:
         if config.init.text is not None:
             tokenizer = read_tokenizer(config.init.text)
         else:
-            tokenizer = train_tokenizer((clip.caption for clip in train_clips), config.model.text.vocab_size)
+            tokenizer = train_tokenizer(train_clips.texts(), config.model.text.vocab_size)
         processor = Processor(config.model, tokenizer)
         if not config.model.audio.codec.trainable and config.init.codec is None:
             self._calibrate_codec(model, processor, train_clips)
         return model, processor
 
-    def _calibrate_codec(self, model: PEAudioVideo, processor: Processor, clips: list[Clip]) -> None:
+    def _calibrate_codec(self, model: PEAudioVideo, processor: Processor, clips: Manifest) -> None:
         """A random codec stays as it starts, so it starts with its channels scaled to the sounds that are there."""
         codec = model.audio.codec
         second = model.config.audio.codec.sampling_rate // codec.hop_length * codec.hop_length
         heard = []
-        for item in (ClipDataset(clips, processor, self.config.data.max_seconds)[i] for i in range(len(clips))):
+        for item in map(ClipReader(processor, self.config.data.max_seconds), clips):
             if "waveform" in item and len(item["waveform"]) >= second:
                 heard.append(item["waveform"][:second])
             if len(heard) == CALIBRATION_CLIPS:
@@ -203,24 +193,35 @@ class Run:
         if heard:
             codec.calibrate(torch.stack(heard)[:, None].to(self.device))
 
-    def _loaders(self, train_clips: list[Clip], eval_clips: list[Clip]) -> tuple[DataLoader, DataLoader]:
-        config = self.config
-        encode = codec_encoder(self.model, self.device)
-        sets: list[Dataset] = []
-        for title, clips in (("training", train_clips), ("evaluation", eval_clips)):
-            dataset = ClipDataset(clips, self.processor, config.data.max_seconds)
-            if config.data.in_memory:
-                dataset = load_into_memory(dataset, config.data.num_workers, encode, f"reading the {title} clips")
-                self.bad.add(item for item in dataset.items if "error" in item)
-            sets.append(dataset)
-        workers = 0 if config.data.in_memory else config.data.num_workers
-        shared = {"collate_fn": Collate(self.processor), "num_workers": workers, "persistent_workers": workers > 0}
-        shared["pin_memory"] = self.device.type == "cuda"
-        order = torch.Generator().manual_seed(config.seed)
-        return (
-            DataLoader(sets[0], config.batch_size, shuffle=True, drop_last=True, generator=order, **shared),
-            DataLoader(sets[1], config.eval_batch_size, **shared),
+    def _loaders(self, train_clips: Manifest, eval_clips: Manifest) -> tuple[Loader, Loader]:
+        config, data = self.config, self.config.data
+        train = BatchSampler(
+            len(train_clips),
+            config.batch_size,
+            shuffle=True,
+            seed=config.seed,
+            lengths=train_clips.lengths(data.max_seconds),
+            parts=train_clips.parts(),
+            max_tokens=data.batch_tokens,
         )
+        loaders = []
+        for title, clips, sampler in (
+            ("training", train_clips, train),
+            ("evaluation", eval_clips, BatchSampler(len(eval_clips), config.eval_batch_size)),
+        ):
+            read = reader_for(data, self.model, self.processor)
+            items: Sequence[Any] = clips
+            if data.in_memory:
+                encode = codec_encoder(self.model, self.device)
+                title = f"reading the {title} clips"
+                items = load_into_memory(clips, read, data.num_workers, encode, title, data.time_limit)
+                self.bad.add(item for item in items if "error" in item)
+                read = dict
+            workers = 0 if data.in_memory else data.num_workers
+            pin = self.device.type == "cuda"
+            collate = Collate(self.processor)
+            loaders.append(Loader(items, read, sampler, collate, workers, data.time_limit, pin))
+        return loaders[0], loaders[1]
 
     def _progress(self) -> Progress:
         columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[line]}"))

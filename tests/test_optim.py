@@ -1,0 +1,143 @@
+"""Which parameters move and how far: decay, rates by part and layer, freezing, averages, adapters."""
+
+import math
+
+import pytest
+import torch
+from conftest import alone, random_batch, randomize, small_config
+from torch import nn
+
+from pe_av.config import ConfigError, LoraConfig, OptimConfig
+from pe_av.model.peav import PEAudioVideo
+from pe_av.training.lora import add_adapters, merged_state_dict
+from pe_av.training.optim import AveragedWeights, build_optimizer, build_schedule, freeze
+
+
+def rates(model: nn.Module, config: OptimConfig) -> dict[str, float]:
+    """Learning rate of each parameter, 0 where it is not trained."""
+    found = {id(p): group["lr"] for group in build_optimizer(model, config).param_groups for p in group["params"]}
+    return {name: found.get(id(p), 0.0) for name, p in model.named_parameters()}
+
+
+def test_weight_decay_falls_on_matrices_only():
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Conv1d(4, 2, 3), nn.Embedding(5, 2))
+    model.register_parameter("class_token", nn.Parameter(torch.zeros(1, 1, 4)))
+    model[2].bias.requires_grad_(False)
+    groups = {
+        group["weight_decay"]: group for group in build_optimizer(model, OptimConfig(weight_decay=0.3)).param_groups
+    }
+    assert {id(p) for p in groups[0.3]["params"]} == {id(model[i].weight) for i in (0, 2, 3)}
+    assert {id(p) for p in groups[0.0]["params"]} == {
+        id(p) for p in (model[0].bias, *model[1].parameters(), model.class_token)
+    }
+
+
+def test_the_learning_rate_warms_up_and_falls_as_half_a_cosine():
+    config = OptimConfig(lr=2.0, warmup_steps=4, final_lr_ratio=0.1)
+    expected = [0.5, 1.0, 1.5, 2.0]
+    expected += [2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 8))) for step in range(9)]
+    assert course(config) == pytest.approx(expected)
+    config.schedule = "constant"
+    assert course(config) == pytest.approx(expected[:4] + [2.0] * 9)
+
+
+def course(config: OptimConfig) -> list[float]:
+    optimizer = build_optimizer(nn.Linear(2, 2), config)
+    schedule = build_schedule(optimizer, config, steps=12)
+    found = []
+    for _ in range(13):
+        found.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_parts_have_rates_of_their_own():
+    config = OptimConfig(lr=1.0, lr_scale={"video.vision": 0.0, "video": 0.5, "text.layers.0": 0.25})
+    for name, rate in rates(PEAudioVideo(small_config()), config).items():
+        trained = not name.startswith(("audio.codec.", "text.final_norm", "text.layers.4"))
+        expected = 0.0 if name.startswith("video.vision.") else 0.5 if name.startswith("video.") else 1.0
+        expected = 0.25 if name.startswith("text.layers.0.") else expected
+        assert rate == (expected if trained else 0.0), name
+
+
+def test_rates_fall_from_layer_to_layer():
+    """Of n layers the last trains at the full rate, each below at half the next; what is before the first at 2^-n."""
+    found = rates(PEAudioVideo(small_config()), OptimConfig(lr=1.0, layer_decay=0.5))
+    assert found["audio.transformer.layers.1.mlp.up_proj.weight"] == 1.0
+    assert found["audio.transformer.layers.0.mlp.up_proj.weight"] == 0.5
+    assert found["audio.transformer.class_token"] == found["audio.transformer.conv_blocks.0.conv.weight"] == 0.25
+    assert found["audio.transformer.norm.weight"] == found["heads.audio.proj.weight"] == 1.0
+    assert found["text.layers.1.qkv.weight"] == 0.5**3 and found["text.embedding.weight"] == 0.5**5
+    assert found["video.vision.patch_embed.weight"] == 0.25 and found["video.vision.pool.q.weight"] == 1.0
+
+
+def test_frozen_parts_stay():
+    model = PEAudioVideo(small_config())
+    freeze(model, ["text", "video.vision"])
+    found = rates(model, OptimConfig(lr=1.0))
+    assert all(
+        (rate == 0) == name.startswith(("text.", "video.vision.", "audio.codec.")) for name, rate in found.items()
+    )
+    with pytest.raises(ConfigError, match="optim.freeze: the model has no part vidio; it consists of text, audio"):
+        freeze(model, ["vidio"])
+    with pytest.raises(ConfigError, match="nothing to train"):
+        freeze(model, ["audio", "video", "fusion", "heads", "logits"])
+        build_optimizer(model, OptimConfig())
+
+
+def test_the_average_follows_its_formula_and_changes_places():
+    model = nn.Linear(3, 2, bias=False)
+    average, history = AveragedWeights(model, 0.9), [model.weight.detach().clone()]
+    for _ in range(5):
+        nn.init.normal_(model.weight)
+        history.append(model.weight.detach().clone())
+        average.update(model)
+    expected = 0.9**5 * history[0] + sum(0.1 * 0.9 ** (5 - i) * history[i] for i in range(1, 6))
+    average.swap(model)
+    torch.testing.assert_close(model.weight.data, expected)
+    average.swap(model)
+    assert torch.equal(model.weight, history[-1])
+
+
+def test_adapters_change_nothing_at_the_start_and_merge_into_plain_weights():
+    config = small_config()
+    model = randomize(PEAudioVideo(config)).double().eval()
+    plain = {name: p.clone() for name, p in model.state_dict().items()}
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in alone(random_batch(config), 0).items()}
+    before = model(**inputs).embeds()
+    add_adapters(model, LoraConfig(rank=2, alpha=3.0))
+    for name, value in model(**inputs).embeds().items():
+        assert torch.equal(value, before[name]), name
+    assert all(
+        torch.equal(tensor, plain[name]) for name, tensor in merged_state_dict(model, model.state_dict()).items()
+    )
+
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(2):  # in the first step only the upper matrices move, since they start at zero
+        optimizer.zero_grad()
+        sum(value.square().sum() for value in model(**inputs).embeds().values()).backward()
+        optimizer.step()
+    merged = PEAudioVideo(config).double().eval()
+    merged.load_state_dict(merged_state_dict(model, model.state_dict()))
+    with torch.no_grad():
+        after = model(**inputs).embeds()
+        for name, value in merged(**inputs).embeds().items():
+            assert not torch.allclose(value, before[name], rtol=1e-4), name
+            torch.testing.assert_close(value, after[name], rtol=1e-9, atol=1e-12)
+    changed = {name for name, p in merged.state_dict().items() if not torch.equal(p, plain[name])}
+    blocks = ("layers.", "heads.")
+    assert changed and all(any(part in name for part in blocks) for name in changed)
+
+
+def test_adapters_train_little():
+    model = PEAudioVideo(small_config())
+    add_adapters(model, LoraConfig(rank=1))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(name.startswith(("heads.", "logits.")) or ".adapter." in name for name in trained)
+    linear = [
+        m for block in model.blocks() for m in block.modules() if isinstance(m, nn.Linear) and hasattr(m, "adapter")
+    ]
+    assert sum(p.numel() for n, p in model.named_parameters() if ".adapter." in n) == sum(
+        m.in_features + m.out_features for m in linear
+    )
