@@ -35,6 +35,7 @@ SUBSTITUTES: dict[str | None, tuple[str | None, ...]] = {
 TOLD = {"text_audio": "audio", "audio_plus_text": "audio", "text_video": "visual", "video_plus_text": "visual"}
 
 
+class ClipReader:
     """Decodes a clip: {"id", "captions", "waveform", "frames"} as far as it has them, "error" for what is not read."""
 
     def __init__(self, processor: Processor, max_seconds: float):
