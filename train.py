@@ -15,13 +15,20 @@ ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 
 @hydra.main(config_path="configs", config_name="train", version_base="1.3")
 def main(composed: DictConfig) -> None:
-    from pe_av.training.loop import Run  # after the arguments have been checked, since it imports torch
+    # after the arguments have been checked, since these import torch
+    from pe_av.device import pick_device
+    from pe_av.training.loop import Run, Stopped
+    from pe_av.training.parallel import process_group
 
     try:
         config = from_dict(TrainConfig, OmegaConf.to_container(composed), source="config")
-        Run(config, Path(HydraConfig.get().runtime.output_dir)).train()
+        with process_group(pick_device(config.device), config.parallel.timeout_minutes) as device:
+            Run(config, Path(HydraConfig.get().runtime.output_dir), device).train()
     except (ValueError, OSError) as error:
         stop_on_error(error)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -1,7 +1,7 @@
 """The data loader in figures: `python benchmarks/loader.py [throughput] [padding] [memory] [wait] [cache]`.
 
-- throughput: clips/s of the loader beside the plain loop `decord + PyAV + transform` in one process, on clips made here.
-- padding: the part of all audio positions that is padding, on lengths of 1 to 30 s, with batches of like length and not.
+- throughput: clips/s of the loader beside the plain loop `decord + PyAV + transform` in one process.
+- padding: the part of all audio positions that is padding, on 1 to 30 s, with batches of like length and at random.
 - memory: of the main process and the workers while 100,000 small items pass.
 - wait: the part of the time of a training run on the demo world in which the step waits for data.
 - cache: seconds per training step with cached features and without, at `--preset`.

@@ -420,11 +420,11 @@ class OptimConfig:
 class LoraConfig:
     """Low-rank adapters in place of training all weights (training/lora.py)."""
 
-    rank: int = 16
+    rank: int = 0  # 0: none, all weights train
     alpha: float = 16.0  # the change is scaled by alpha / rank
 
     def __post_init__(self) -> None:
-        _require(self.rank >= 1, f"lora.rank={self.rank} is not positive")
+        _require(self.rank >= 0, f"lora.rank={self.rank} is negative")
         _require(self.alpha > 0, f"lora.alpha={self.alpha} is not positive")
 
 
@@ -464,19 +464,29 @@ class TrainConfig:
     init: InitConfig = field(default_factory=InitConfig)  # or single towers from elsewhere
     seed: int = 0
     steps: int = 1000
-    batch_size: int = 64
+    batch_size: int = 64  # of all ranks together
     eval_batch_size: int = 64
     eval_every: int = 250  # steps between evaluations, each of which also saves; the last step always does both
     log_every: int = 10
     device: str = "auto"  # auto: CUDA where there is one
     precision: str = "auto"  # auto: bf16 on a GPU that has it, else fp32
-    gradient_checkpointing: bool = False  # recompute the blocks in the backward pass: less memory, a third more time
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    micro_batch_size: int | None = None  # rows embedded at a time, on each rank, with the whole batch's gradient
+    accumulate: int = 1  # batches, each with its own negatives, whose gradients are averaged in one step
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    resume: str | None = None  # state to go on from; auto: the newest whole one in the run's folder
+    keep_checkpoints: int = 2  # the newest states that stay
+    wandb_project: str | None = None  # also log to Weights & Biases
     max_bad_fraction: float = 0.05  # stop when more of the items than this cannot be read
 
     def __post_init__(self) -> None:
-        for name in ("steps", "eval_batch_size", "eval_every", "log_every"):
+        for name in ("steps", "eval_batch_size", "eval_every", "log_every", "accumulate", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} is not positive")
         _require(self.batch_size >= 2, f"batch_size={self.batch_size}: a contrastive loss needs at least 2")
+        _require(
+            self.micro_batch_size is None or self.micro_batch_size >= 1,
+            f"micro_batch_size={self.micro_batch_size} is not positive",
+        )
         _one_of("precision", self.precision, ("auto", "fp32", "bf16"))
         _require(
             self.checkpoint is None or not any(asdict(self.init).values()),

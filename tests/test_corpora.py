@@ -160,6 +160,9 @@ def test_a_model_gives_the_same_with_and_without_the_cache(cached):
     assert stored["ids"] == plain["ids"] == ["0", "1", "2", "3"] and stored["bad"] == plain["bad"]
     with torch.no_grad():
         ours, theirs = model(**stored["inputs"]), model(**plain["inputs"])
+        embedded = model.embed(stored["inputs"], stored["texts"])
+    for name, value in embedded.items():
+        torch.testing.assert_close(value, ours.embeds()[name])
     for name, value in theirs.embeds().items():
         rows = plain["valid"][name]
         assert all(torch.equal(stored["valid"][n], plain["valid"][n]) for n in plain["valid"])

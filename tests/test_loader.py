@@ -241,14 +241,15 @@ if __name__ == "__main__":
 """
 
 
-def kill_and_resume(folder: Path, chance: random.Random, workers: tuple[int, int], batches: int = 24) -> None:
-    """Two ranks, killed at a random moment and started again, must have seen what one uninterrupted process sees."""
+def kill_and_resume(folder: Path, chance: random.Random, world: int, workers: tuple[int, int]) -> None:
+    """Ranks, killed at a random moment and started again, must have seen what one uninterrupted process sees."""
+    batches = 24
     script = folder / "rank.py"
     script.write_text(RANK.format(root=str(ROOT), tests=str(ROOT / "tests")))
 
     def start(workers: int) -> list[subprocess.Popen]:
         command = [sys.executable, str(script), str(folder)]
-        return [subprocess.Popen([*command, *map(str, (rank, 2, workers, batches))]) for rank in range(2)]
+        return [subprocess.Popen([*command, *map(str, (rank, world, workers, batches))]) for rank in range(world)]
 
     ranks = start(workers[0])
     stop = chance.randrange(1, batches)
@@ -264,7 +265,7 @@ def kill_and_resume(folder: Path, chance: random.Random, workers: tuple[int, int
         assert process.wait(timeout=120) == 0
     whole = stream(make(0, 0, 1), batches)
     seen: list[list[str]] = [[] for _ in range(batches)]
-    for rank in range(2):
+    for rank in range(world):
         # the last word on a step counts: one after which no state was written yet is repeated, and must be the same
         steps: dict[int, list[str]] = {}
         for line in (folder / f"ids{rank}.jsonl").read_text().splitlines():
@@ -277,10 +278,10 @@ def kill_and_resume(folder: Path, chance: random.Random, workers: tuple[int, int
 
 
 def test_after_a_kill_the_stream_goes_on_where_it_was(tmp_path):
-    kill_and_resume(tmp_path, random.Random(0), workers=(2, 1))
+    kill_and_resume(tmp_path, random.Random(0), world=1, workers=(2, 1))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trial", range(20))
 def test_after_twenty_kills_the_stream_goes_on_where_it_was(tmp_path, trial):
-    kill_and_resume(tmp_path, random.Random(trial), workers=(2, 2 if trial % 2 else 3))
+    kill_and_resume(tmp_path, random.Random(trial), world=2, workers=(2, 2 if trial % 2 else 3))

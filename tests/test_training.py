@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pe_av import Processor, load_model
-from pe_av.config import ConfigError, TrainConfig, config_dir, from_dict
+from pe_av.config import ConfigError, Pairing, TrainConfig, config_dir, from_dict
 from pe_av.data.dataset import BadItems
 from pe_av.data.manifest import read_manifest
 from pe_av.data.tokenizer import train_tokenizer
 from pe_av.evaluation.embed import embed_files
+from pe_av.loss import LossOutput
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -51,7 +52,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_everything_that_is_promised(trained: Path):
     assert {path.name for path in trained.iterdir()} == {
-        "checkpoint", "config.yaml", "history.jsonl", "loss.png", "metrics.json", "similarity.png",
+        "checkpoint", "config.yaml", "history.jsonl", "loss.png", "metrics.json", "similarity.png", "state",
+        "tensorboard",
     }  # fmt: skip
     assert {path.name for path in (trained / "checkpoint").iterdir()} == {
         "config.yaml", "model.safetensors", "tokenizer.json",
@@ -93,7 +95,8 @@ def test_interrupting_a_run_saves_what_it_has(trained: Path, tmp_path: Path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "saved to" in errors and "Traceback" not in errors
+    assert f"stopped by SIGINT; go on with hydra.run.dir={tmp_path} resume=auto" in errors
+    assert "Traceback" not in errors
     load_model(tmp_path / "checkpoint")
 
 
@@ -209,7 +212,7 @@ def demo_run(folder: Path, *overrides: str) -> dict[str, dict[str, float]]:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         composed = compose("train", overrides=list(overrides))
     config = from_dict(TrainConfig, OmegaConf.to_container(composed), source="test")
-    return Run(config, folder).train()
+    return Run(config, folder, torch.device("cpu")).train()
 
 
 @pytest.mark.slow
@@ -223,10 +226,16 @@ def test_the_demo_reaches_what_the_readme_says(tmp_path: Path):
 def test_the_published_loss_learns_next_to_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """With labels eye(N) every pair is pulled together and none apart, so all embeddings become alike."""
 
-    def published(logits: Tensor) -> Tensor:
-        return -F.logsigmoid(torch.eye(len(logits)) * logits).sum() / len(logits)
+    def published(embeds: dict[str, Tensor], logits: dict, pairings: list[Pairing], *_: object) -> LossOutput:
+        losses = {}
+        for pairing in pairings:
+            scale, bias = logits[pairing.logits]
+            values = scale * embeds[pairing.left] @ embeds[pairing.right].T + bias
+            losses[pairing.name] = -F.logsigmoid(torch.eye(len(values)) * values).sum() / len(values)
+        total = sum(pairing.weight * losses[pairing.name] for pairing in pairings)
+        return LossOutput(total, {name: loss.detach() for name, loss in losses.items()})
 
-    monkeypatch.setattr("pe_av.model.peav.sigmoid_loss", published)
+    monkeypatch.setattr("pe_av.training.loop.contrastive_loss", published)
     metrics = demo_run(tmp_path)
     for direction, row in metrics.items():
         assert row["R@1"] < 4, direction  # ten times chance; ours is above a hundred times

@@ -193,8 +193,11 @@ def _key(caption: str) -> int:
     return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def to_device(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The tensors in a batch or in a part of it; what is no tensor stays."""
+    if isinstance(batch, dict):
+        return {name: to_device(value, device) for name, value in batch.items()}
+    return batch.to(device, non_blocking=True) if isinstance(batch, Tensor) else batch
 
 
 def open_manifest(config: DataConfig, split: str) -> Manifest:

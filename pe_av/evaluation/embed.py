@@ -15,32 +15,46 @@ from torch.utils.data import DataLoader
 from ..checkpoint import load_model
 from ..data.dataset import to_device
 from ..data.processor import Processor
+from ..model.peav import PEAudioVideo
+
+
+class Embedder(nn.Module):
+    """The model as a function of a batch, which is how evaluation, micro-batches, DDP and FSDP see it."""
+
+    def __init__(self, model: PEAudioVideo):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """`batch` as `data.dataset.Collate` makes it: "inputs", and "texts" where there are several kinds."""
+        return self.model.embed(batch["inputs"], batch.get("texts"))
 
 
 @torch.no_grad()
 def embed_batches(
-    model: nn.Module, batches: Iterable[dict[str, Any]], device: torch.device, title: str
+    embedder: nn.Module, batches: Iterable[dict[str, Any]], device: torch.device, title: str
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[dict[str, Any]]]:
     """Every embedding of every clip, with a progress bar.
 
     Args:
+        embedder: a batch -> name -> (B, D), as `Embedder` is, or is inside of.
         batches: as `data.dataset.Collate` makes them.
     Returns:
         name (`evaluation.metrics.EMBEDDINGS`) -> (N, D) float32 on the CPU; name -> (N,) bool, whether the clip has
         what it is made of (its row means nothing otherwise); and the items of which something could not be read.
     """
-    was_training = model.training
-    model.eval()
+    was_training = embedder.training
+    embedder.eval()
     parts: list[dict[str, Tensor]] = []
     flags: list[dict[str, Tensor]] = []
     bad = []
     for batch in track(batches, title, console=Console(stderr=True), transient=True):
         bad += batch["bad"]
         if batch["inputs"] is not None:
-            embeds = model(**to_device(batch["inputs"], device)).embeds()
+            embeds = embedder(to_device(batch, device))
             parts.append({name: value.float().cpu() for name, value in embeds.items()})
             flags.append(batch["valid"])
-    model.train(was_training)
+    embedder.train(was_training)
     widths = {name: value.shape[1] for part in parts for name, value in part.items()}
     # a batch in which no clip has sound, say, has no audio embeddings
     rows = [

@@ -91,6 +91,11 @@ def plot_losses(
     _curve(panels[0], history, "loss", color="black", linewidth=2, label="total")
     for pairing, colour in COLOURS.items():
         _curve(panels[0], history, f"{pairing}_loss", color=colour, label=TITLES[pairing])
+    others = sorted(
+        {key for row in history for key in row if key.endswith("_loss")} - {f"{name}_loss" for name in PAIRINGS}
+    )
+    for key in others:  # pairings of one's own, loss.pairings
+        _curve(panels[0], history, key, linewidth=1, linestyle="--", label=key.removesuffix("_loss"))
 
     if recalls:
         panels[1].set(title="zero-shot retrieval", ylabel="R@1 (%)", ylim=(0, 102))
@@ -156,7 +161,9 @@ def _curve(panel: Axes, history: Sequence[Mapping[str, float]], key: str, **styl
     if not points:
         return
     steps, values = np.array(points, dtype=float).T
-    panel.plot(steps, values, color=style["color"], alpha=0.2, linewidth=0.8)
+    style.setdefault("color", None)
+    (faint,) = panel.plot(steps, values, color=style["color"], alpha=0.2, linewidth=0.8)
+    style["color"] = faint.get_color()  # the next of the cycle where none was given
     width = max(1, len(values) // 40)
     mean = np.convolve(values, np.full(width, 1 / width), mode="valid")
     panel.plot(steps[width // 2 :][: len(mean)], mean, **style)

@@ -5,13 +5,14 @@ from pathlib import Path
 from rich.console import Console
 
 from ..checkpoint import load_model
-from ..config import EvalConfig
+from ..config import ConfigError, EvalConfig
 from ..data.cache import reader_for
 from ..data.dataset import BadItems, Collate, open_manifest
 from ..data.loader import BatchSampler, Loader
 from ..data.processor import Processor
 from ..device import pick_device, precision_context
-from .embed import embed_batches
+from ..model.peav import PEAudioVideo
+from .embed import Embedder, embed_batches
 from .metrics import evaluate_embeddings
 from .report import plot_similarity, print_table, write_metrics
 
@@ -26,6 +27,10 @@ def evaluate_checkpoint(config: EvalConfig, folder: Path) -> dict[str, dict[str,
     """
     device = pick_device(config.device)
     model = load_model(config.checkpoint, device)
+    if not isinstance(model, PEAudioVideo):
+        raise ConfigError(
+            f"{config.checkpoint} is a PEAudioFrame, which has no embedding of a whole clip to retrieve by"
+        )
     processor = Processor.from_pretrained(config.checkpoint)
     clips = open_manifest(config.data, "eval")
     folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +44,7 @@ def evaluate_checkpoint(config: EvalConfig, folder: Path) -> dict[str, dict[str,
     )
     bad = BadItems(folder / "bad_items.jsonl", total=len(clips), max_fraction=config.max_bad_fraction)
     with precision_context(config.precision, device):
-        embeds, valid, unusable = embed_batches(model, loader, device, "evaluating")
+        embeds, valid, unusable = embed_batches(Embedder(model), loader, device, "evaluating")
     loader.close()
     bad.add(unusable)
     metrics = evaluate_embeddings(embeds, valid)

@@ -1,173 +1,349 @@
-"""The training run: data, model, steps, evaluations, and everything that is written into the run's folder."""
+"""The training run: data, model, steps, evaluations, checkpoints, and what is written into the run's folder.
+
+config.yaml, history.jsonl, tensorboard/    what was set and what happened, step by step
+metrics.json, loss.png, similarity.png      the last evaluation
+checkpoint/                                 the model, to be loaded and shared
+state/step-*                                everything a run needs to go on from there (`resume=`)
+bad_items.jsonl, skipped.jsonl              clips that could not be read, steps that could not be taken
+"""
 
 import json
+import math
 import random
+import resource
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
+import torch.distributed as dist
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.tensorboard import SummaryWriter
 
-from ..checkpoint import build_model, load_model, save_model
-from ..config import PAIRINGS, ConfigError, TrainConfig
+from ..checkpoint import build_model, load_model, save_weights
+from ..config import ConfigError, TrainConfig
 from ..conversion.warm_start import warm_start
 from ..data.cache import reader_for
-from ..data.dataset import (
-    BadItems,
-    ClipReader,
-    Collate,
-    load_into_memory,
-    open_manifest,
-    to_device,
-)
+from ..data.dataset import BadItems, ClipReader, Collate, load_into_memory, open_manifest, to_device
 from ..data.loader import BatchSampler, Loader
 from ..data.manifest import Manifest
 from ..data.processor import Processor
 from ..data.tokenizer import read_tokenizer, train_tokenizer
-from ..device import pick_device, precision_context
+from ..device import precision_context
 from ..evaluation.embed import embed_batches
 from ..evaluation.metrics import evaluate_embeddings, public_name
 from ..evaluation.report import plot_losses, plot_similarity, print_table, write_metrics
+from ..loss import contrastive_loss
 from ..model.peav import PEAudioVideo
-from .optim import build_optimizer, build_schedule, clip_gradients
+from .checkpoints import Checkpointer, damage, load, whole_checkpoints
+from .lora import add_adapters, merged_state_dict
+from .microbatch import backward
+from .optim import AveragedWeights, build_optimizer, build_schedule, freeze
+from .parallel import clip_gradients, parallelize, rank, world_size
 
 CALIBRATION_CLIPS = 12  # clips of which a random codec hears the first second
+MOST_SKIPPED = 10  # steps in a row without a finite loss and gradient, after which a run gives up
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}  # bf16 per second, dense, by name
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; what it had is saved."""
+
+    def __init__(self, number: int, folder: Path):
+        super().__init__(f"stopped by {signal.Signals(number).name}; go on with hydra.run.dir={folder} resume=auto")
+        self.exit_code = 128 + number  # what shells and schedulers expect of a process that a signal ended
 
 
 class Run:
-    """One training run, from its config to its folder."""
+    """One training run, from its config to its folder. Every rank has one; that of rank 0 writes and speaks."""
 
-    def __init__(self, config: TrainConfig, folder: Path):
-        self.config, self.folder = config, folder
-        self.console = Console(stderr=True)
-        self.device = pick_device(config.device)
-        self.autocast = precision_context(config.precision, self.device)
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, config: TrainConfig, folder: Path, device: torch.device):
+        self.config, self.device, self.folder = config, device, _of_rank_0(folder)
+        self.console = Console(stderr=True, quiet=rank() > 0)
+        self.autocast = precision_context(config.precision, device)
+        if config.batch_size % world_size():
+            raise ConfigError(
+                f"batch_size={config.batch_size} is that of all ranks together and does not divide over {world_size()}"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
         seed_everything(config.seed)
 
         train_clips, eval_clips = (open_manifest(config.data, split) for split in ("train", "eval"))
-        self.bad = BadItems(folder / "bad_items.jsonl", len(train_clips) + len(eval_clips), config.max_bad_fraction)
+        bad_items = self.folder / ("bad_items.jsonl" if rank() == 0 else f"bad_items-{rank()}.jsonl")
+        self.bad = BadItems(bad_items, len(train_clips) + len(eval_clips), config.max_bad_fraction)
         self.model, self.processor = self._model(train_clips)
         counts = self.model.parameter_counts()
         listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         self.console.print(f"{sum(counts.values()):,} parameters: {listed}", soft_wrap=True)
-        if config.gradient_checkpointing:
-            recompute_blocks(self.model)
         self.train_loader, self.eval_loader = self._loaders(train_clips, eval_clips)
+
+        freeze(self.model, config.optim.freeze)
+        if config.lora.rank:
+            add_adapters(self.model, config.lora)
+        self.embedder = parallelize(self.model, config.parallel, device)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.schedule = build_schedule(self.optimizer, config.optim, config.steps)
-        # the model's section is the model's own: with `checkpoint=` it came from there
-        resolved = asdict(config) | {"model": asdict(self.model.config)}
-        (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
-        self.step = 0
+        self.average = None if config.optim.ema is None else AveragedWeights(self.model, config.optim.ema)
+        self.pairings = config.loss.weighted()
+
+        self.step, self.skipped, self.signal = 0, 0, 0
+        self.clip_flops: float | None = None  # of one clip in one step, counted in the first
         self.history: list[dict[str, float]] = []
         self.recalls: list[dict[str, Any]] = []
+        self.checkpointer = Checkpointer(self.folder / "state", config.keep_checkpoints)
+        self._resume()
+        # the model's section is the model's own: with `checkpoint=` it came from there
+        resolved = asdict(config) | {"model": asdict(self.model.config)}
+        if rank() == 0:
+            (self.folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+        self.board = SummaryWriter(str(self.folder / "tensorboard")) if rank() == 0 else None
+        self.wandb = None
+        if config.wandb_project is not None and rank() == 0:
+            self.wandb = _start_wandb(config.wandb_project, self.folder, resolved)
 
     def train(self) -> dict[str, dict[str, float]]:
-        """All the steps. Ctrl-C saves what has been learned and leaves.
+        """All the steps. SIGINT and SIGTERM save what has been learned and leave; a second SIGINT leaves at once.
 
         Returns:
-            the last evaluation: direction -> `evaluation.metrics.retrieval_metrics`.
+            the last evaluation: direction -> `evaluation.metrics.retrieval_metrics`; on rank 0.
+        Raises:
+            Stopped: a signal came.
+            ConfigError: ten steps in a row had no finite loss and gradient.
         """
         config, metrics = self.config, {}
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             with self._progress() as progress:
-                task = progress.add_task("training", total=config.steps, line="")
-                window: list[dict[str, Tensor]] = []
-                started, clips = time.perf_counter(), 0
-                for batch in self._batches():
-                    window.append(self._step(batch["inputs"]))
+                task = progress.add_task("training", total=config.steps, completed=self.step, line="")
+                window = Window()
+                batches = self._batches()
+                while self.step < config.steps:
+                    taken = [window.timed(batches) for _ in range(config.accumulate)]
+                    window.add(self._step(taken), sum(len(batch["ids"]) for batch in taken) * world_size())
                     self.step += 1
-                    clips += len(batch["ids"])
-                    if self.step % config.log_every == 0 or self.step == config.steps:
-                        row = self._log(window, clips / (time.perf_counter() - started))
-                        progress.update(task, completed=self.step, line=_line(row))
+                    last = self.step == config.steps
+                    if self.step % config.log_every == 0 or last:
+                        row = self._log(window)
+                        progress.update(task, completed=self.step, line=self._line(row))
                         if not self.console.is_terminal:
-                            self.console.print(f"step {self.step}/{config.steps}  {_line(row)}", soft_wrap=True)
-                        window, started, clips = [], time.perf_counter(), 0
-                    if self.step % config.eval_every == 0 or self.step == config.steps:
+                            self.console.print(f"step {self.step}/{config.steps}  {self._line(row)}", soft_wrap=True)
+                        window = Window()
+                    if number := self._any_rank(self.signal):
+                        self.save()
+                        self.checkpointer.wait()
+                        raise Stopped(number, self.folder)
+                    if self.step % config.eval_every == 0 or last:
                         metrics = self.evaluate()
                         self.save()
-                        started, clips = time.perf_counter(), 0
-                    if self.step == config.steps:
-                        break
-        except KeyboardInterrupt:
-            self.save()
-            self.console.print(f"stopped at step {self.step}; saved to {self.folder / 'checkpoint'}")
-            raise
+                        window.restart()
+            self.checkpointer.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            self.train_loader.close()
+            self.eval_loader.close()
         self.console.print(f"written to {self.folder}")
-        print_table(metrics)
+        if rank() == 0:
+            print_table(metrics)
         return metrics
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Retrieval on the evaluation set; writes `metrics.json`, the loss plot and the similarity matrices."""
+        if self.average is not None:
+            self.average.swap(self.model)
         with self.autocast:
-            embeds, valid, bad = embed_batches(self.model, self.eval_loader, self.device, "evaluating")
+            embeds, valid, bad = embed_batches(self.embedder, self.eval_loader, self.device, "evaluating")
+        if self.average is not None:
+            self.average.swap(self.model)
         self.bad.add(bad)
         metrics = evaluate_embeddings(embeds, valid)
         recalls = {direction: row["R@1"] for direction, row in metrics.items()}
         self.recalls.append({"step": self.step, "R@1": recalls})
-        write_metrics(self.folder / "metrics.json", metrics, step=self.step, bad_items=len(self.bad.reasons))
-        plot_losses(self.history, self.folder / "loss.png", self.recalls)
-        plot_similarity(embeds, self.folder / "similarity.png")
+        if rank() == 0:
+            write_metrics(self.folder / "metrics.json", metrics, step=self.step, bad_items=len(self.bad.reasons))
+            plot_losses(self.history, self.folder / "loss.png", self.recalls)
+            plot_similarity(embeds, self.folder / "similarity.png")
+            self._watch({f"R@1/{direction}": value for direction, value in recalls.items()})
         shown = "  ".join(f"{name} {value:.1f}" for name, value in list(recalls.items())[:6])
-        self.console.print(f"step {self.step}  R@1 in percent: {shown}")
+        self.console.print(f"step {self.step}  R@1 in percent: {shown}", soft_wrap=True)
         return metrics
 
     def save(self) -> None:
-        """The native checkpoint, complete with its tokenizer."""
-        save_model(self.model, self.folder / "checkpoint")
-        self.processor.save_pretrained(self.folder / "checkpoint")
+        """The model as a native checkpoint with its tokenizer, and, in the background, the state to go on from."""
+        if self.average is not None:
+            self.average.swap(self.model)
+        whole = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if rank() == 0:
+            save_weights(self.model.config, merged_state_dict(self.model, whole), self.folder / "checkpoint")
+            self.processor.save_pretrained(self.folder / "checkpoint")
+        if self.average is not None:
+            self.average.swap(self.model)
+        progress = {
+            "step": self.step,
+            "schedule": self.schedule.state_dict(),
+            "data": self.train_loader.state_dict(),
+            "recalls": self.recalls,
+        }
+        self.checkpointer.save(self.step, self.model, self.optimizer, self.average, progress)
 
-    def _step(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One optimizer step. Returns the losses and the gradient's norm, still on the device."""
-        with self.autocast:
-            out = self.model(**to_device(inputs, self.device), return_loss=True, loss_weights=self.config.loss.weights)
+    def _step(self, batches: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """One optimizer step, or none where loss or gradient is not finite. Returns what is to be logged."""
+        logits = {name: (pair.scale, pair.bias) for name, pair in self.model.logits.items()}
+        rows: dict[str, Tensor] = {}
         self.optimizer.zero_grad(set_to_none=True)
-        out.loss.backward()
-        norm = clip_gradients(self.model, self.config.optim.clip_norm)
-        self.optimizer.step()
-        self.schedule.step()
-        losses = {f"{pairing}_loss": getattr(out, f"{pairing}_loss").detach() for pairing in PAIRINGS}
-        return {"loss": out.loss.detach(), "gradient_norm": norm} | losses
+        with FlopCounterMode(display=False) if self.clip_flops is None else nullcontext() as flops:
+            for number, batch in enumerate(batches, start=1):
 
-    def _log(self, window: list[dict[str, Tensor]], clips_per_second: float) -> dict[str, float]:
-        """Means over the last steps into the history and `history.jsonl`."""
-        means = {key: torch.stack([row[key] for row in window]).mean().item() for key in window[0]}
-        if not np.isfinite(means["loss"]):
+                def loss_of(
+                    embeds: dict[str, Tensor], batch: dict[str, Any] = batch
+                ) -> tuple[Tensor, dict[str, Tensor]]:
+                    out = contrastive_loss(
+                        embeds,
+                        logits,
+                        self.pairings,
+                        {name: flags for name, flags in batch["valid"].items() if name in embeds},
+                        batch["caption_keys"],
+                    )
+                    return out.total / len(batches), {"loss": out.total.detach()} | {
+                        f"{name}_loss": value for name, value in out.losses.items()
+                    }
+
+                with self.autocast:
+                    parts = split_batch(to_device(batch, self.device), self.config.micro_batch_size)
+                    found = backward(self.embedder, parts, loss_of, last=number == len(batches))
+                rows = {name: rows.get(name, 0) + value / len(batches) for name, value in found.items()}
+        if self.clip_flops is None:
+            self.clip_flops = flops.get_total_flops() / sum(len(batch["ids"]) for batch in batches)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        norm = clip_gradients(trained, self.config.optim.clip_norm)
+        if math.isfinite(rows["loss"].item()) and math.isfinite(norm.item()):
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.update(self.model)
+            self.skipped = 0
+        else:
+            self._skip(rows["loss"].item(), norm.item(), [name for batch in batches for name in batch["ids"]])
+        self.schedule.step()
+        return rows | {"gradient_norm": norm}
+
+    def _skip(self, loss: float, norm: float, ids: list[str]) -> None:
+        """Leave the weights as they are, and say with which clips that was."""
+        self.skipped += 1
+        everyone = [ids]
+        if world_size() > 1:
+            everyone = [[] for _ in range(world_size())]
+            dist.all_gather_object(everyone, ids)
+        if rank() == 0:
+            row = {"step": self.step, "loss": str(loss), "gradient_norm": str(norm), "ids": sum(everyone, [])}
+            with (self.folder / "skipped.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        self.console.print(f"skipped step {self.step}: loss {loss}, gradient norm {norm}; clips in skipped.jsonl")
+        if self.skipped >= MOST_SKIPPED:
+            self.checkpointer.wait()
             raise ConfigError(
-                f"the loss is {means['loss']} before step {self.step}: lower optim.lr or optim.clip_norm; "
-                f"the last good weights are in {self.folder / 'checkpoint'}"
+                f"{MOST_SKIPPED} steps in a row had no finite loss and gradient (their clips are in "
+                f"{self.folder / 'skipped.jsonl'}): lower optim.lr; the last good weights are in "
+                f"{self.folder / 'checkpoint'}, the last good state in {self.folder / 'state'}"
             )
-        rate = self.schedule.get_last_lr()[0]
-        row = {"step": self.step, **means, "lr": rate, "clips_per_second": clips_per_second}
+
+    def _log(self, window: "Window") -> dict[str, float]:
+        """Means over the last steps, and what they took, into the history, `history.jsonl` and TensorBoard."""
+        row = {"step": self.step, **window.means(), "lr": self.schedule.get_last_lr()[0], **window.speed()}
+        for name, pair in self.model.logits.items():
+            row |= {f"{name}_scale": pair.scale.item(), f"{name}_bias": pair.bias.item()}
+        if self.device.type == "cuda":
+            row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            peak = next((flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)
+            if peak is not None:  # of what was computed, recomputation included
+                row["flop_utilization"] = self.clip_flops * row["clips_per_second"] / world_size() / peak
+        else:
+            row["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         self.history.append(row)
-        with (self.folder / "history.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        if rank() == 0:
+            with (self.folder / "history.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            self._watch(row)
         return row
+
+    def _watch(self, row: dict[str, float]) -> None:
+        for name, value in row.items():
+            if name != "step":
+                self.board.add_scalar(name, value, self.step)
+        if self.wandb is not None:
+            self.wandb.log(row, step=self.step)
 
     def _batches(self) -> Iterator[dict[str, Any]]:
         """Shuffled batches without end; items that cannot be used are listed and left out."""
         while True:
             for batch in self.train_loader:
                 self.bad.add(batch["bad"])
-                if len(batch["ids"]) >= 2:  # one clip alone has nothing to be told from
+                if len(batch["ids"]) * world_size() >= 2:  # one clip alone has nothing to be told from
                     yield batch
+
+    def _resume(self) -> None:
+        """Go on from the checkpoint that `resume` names; "auto": the newest whole one, if there is any."""
+        states, found = self.folder / "state", None
+        if self.config.resume is None:
+            if any(states.glob("step-*")):
+                raise ConfigError(f"{states} is of an earlier run: go on with it by resume=auto, or use another folder")
+        elif self.config.resume == "auto":
+            for path in sorted(states.glob("step-*")):
+                if reason := damage(path):
+                    self.console.print(f"passed over {path}: {reason}", soft_wrap=True)
+            found = _of_rank_0(next(reversed(whole_checkpoints(states)), None))
+            if found is None:
+                self.console.print(f"nothing to resume in {states}: starting at step 0", soft_wrap=True)
+        else:
+            found = Path(self.config.resume)
+        if found is not None:
+            progress = load(found, self.model, self.optimizer, self.average)
+            self.step, self.recalls = progress["step"], progress["recalls"]
+            self.schedule.load_state_dict(progress["schedule"])
+            self.train_loader.load_state_dict(progress["data"])
+            self.console.print(f"resumed at step {self.step} from {found}", soft_wrap=True)
+        self._cut_history()
+
+    def _cut_history(self) -> None:
+        """Forget what was logged after the step that the run goes on from; a kill may have torn the last line."""
+        path = self.folder / "history.jsonl"
+        if path.is_file():
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            self.history = [row for row in rows if row["step"] <= self.step]
+            if rank() == 0:
+                path.write_text("".join(json.dumps(row) + "\n" for row in self.history), encoding="utf-8")
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.signal == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self.signal = number
+        self.console.print(f"\n{signal.Signals(number).name}: saving after this step")
+
+    def _any_rank(self, number: int) -> int:
+        """The largest of the ranks' numbers, since a signal may reach only one of them."""
+        if world_size() == 1:
+            return number
+        shared = torch.tensor(number, device=self.device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return int(shared)
 
     def _model(self, train_clips: Manifest) -> tuple[PEAudioVideo, Processor]:
         """From the checkpoint, or with random weights and a tokenizer made from the captions."""
         config = self.config
         if config.checkpoint is not None:
-            return load_model(config.checkpoint, self.device).train(), Processor.from_pretrained(config.checkpoint)
+            model = load_model(config.checkpoint, self.device)
+            if not isinstance(model, PEAudioVideo):
+                raise ConfigError(f"{config.checkpoint} is a PEAudioFrame: python -m pe_av.training.frame trains it")
+            return model.float().train(), Processor.from_pretrained(config.checkpoint)
         model = build_model(config.model, self.device).train()
         for line in warm_start(model, config.init):
             self.console.print(line, soft_wrap=True)
@@ -195,48 +371,80 @@ class Run:
 
     def _loaders(self, train_clips: Manifest, eval_clips: Manifest) -> tuple[Loader, Loader]:
         config, data = self.config, self.config.data
+        kinds = tuple(dict.fromkeys(pairing.caption for pairing in config.loss.pairings if pairing.weight))
         train = BatchSampler(
             len(train_clips),
-            config.batch_size,
+            config.batch_size // world_size(),
             shuffle=True,
             seed=config.seed,
             lengths=train_clips.lengths(data.max_seconds),
             parts=train_clips.parts(),
             max_tokens=data.batch_tokens,
+            rank=rank(),
+            world=world_size(),
         )
+        evaluation = BatchSampler(len(eval_clips), config.eval_batch_size)
         loaders = []
-        for title, clips, sampler in (
-            ("training", train_clips, train),
-            ("evaluation", eval_clips, BatchSampler(len(eval_clips), config.eval_batch_size)),
-        ):
-            read = reader_for(data, self.model, self.processor)
+        for title, clips, sampler in (("training", train_clips, train), ("evaluation", eval_clips, evaluation)):
+            read: Callable[[Any], dict[str, Any]] = reader_for(data, self.model, self.processor)
             items: Sequence[Any] = clips
+            workers = data.num_workers
             if data.in_memory:
                 encode = codec_encoder(self.model, self.device)
                 title = f"reading the {title} clips"
-                items = load_into_memory(clips, read, data.num_workers, encode, title, data.time_limit)
+                items = load_into_memory(clips, read, workers, encode, title, data.time_limit)
                 self.bad.add(item for item in items if "error" in item)
-                read = dict
-            workers = 0 if data.in_memory else data.num_workers
+                read, workers = dict, 0
+            collate = Collate(self.processor, kinds if sampler is train else (None,))
             pin = self.device.type == "cuda"
-            collate = Collate(self.processor)
             loaders.append(Loader(items, read, sampler, collate, workers, data.time_limit, pin))
         return loaders[0], loaders[1]
+
+    def _line(self, row: dict[str, float]) -> str:
+        """loss 12.3 = a·t 2.1 …  830 clips/s"""
+        parts = " ".join(f"{_short(p.left, p.right, p.caption)} {row[f'{p.name}_loss']:.2f}" for p in self.pairings)
+        return f"loss {row['loss']:.2f} = {parts}  {row['clips_per_second']:.0f} clips/s"
 
     def _progress(self) -> Progress:
         columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[line]}"))
         return Progress(*columns, console=self.console, disable=not self.console.is_terminal)
 
 
+class Window:
+    """The steps since the last line of the log: means of what they gave, and where their time went."""
+
+    def __init__(self):
+        self.rows: list[dict[str, Tensor]] = []
+        self.clips, self.waited = 0, 0.0
+        self.started = time.perf_counter()
+
+    def timed(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        """The next batch; the time until it is there counts as waiting."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - start
+        return batch
+
+    def add(self, row: dict[str, Tensor], clips: int) -> None:
+        self.rows.append(row)
+        self.clips += clips
+
+    def restart(self) -> None:
+        """Measure the speed from here on: an evaluation is not the steps' time."""
+        self.clips, self.waited, self.started = 0, 0.0, time.perf_counter()
+
+    def means(self) -> dict[str, float]:
+        return {key: torch.stack([row[key] for row in self.rows]).float().mean().item() for key in self.rows[0]}
+
+    def speed(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self.started
+        return {"clips_per_second": self.clips / seconds, "data_wait": self.waited / seconds}
+
+
 def seed_everything(seed: int) -> None:
+    """All ranks start from the same weights; they differ in their data alone."""
     random.seed(seed)
     torch.manual_seed(seed)
-
-
-def recompute_blocks(model: PEAudioVideo) -> None:
-    """Keep only the inputs of the repeated layers for the backward pass, and compute the rest again there."""
-    for block in model.blocks():
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def codec_encoder(model: PEAudioVideo, device: torch.device) -> Callable[[Tensor], Tensor] | None:
@@ -246,13 +454,41 @@ def codec_encoder(model: PEAudioVideo, device: torch.device) -> Callable[[Tensor
     return lambda waveform: model.audio.encode(waveform.to(device))[0].cpu()
 
 
-def _line(row: dict[str, float]) -> str:
-    """loss 12.3 (audio-text 2.1 …)  830 clips/s"""
-    parts = " ".join(f"{_short(pairing)} {row[f'{pairing}_loss']:.2f}" for pairing in PAIRINGS)
-    return f"loss {row['loss']:.2f} = {parts}  {row['clips_per_second']:.0f} clips/s"
+def split_batch(batch: dict[str, Any], rows: int | None) -> list[dict[str, Any]]:
+    """The "inputs" and "texts" of a batch in parts of at most so many rows."""
+    total = len(batch["ids"])
+    rows = total if rows is None else rows
+
+    def part(tensors: dict[str, Tensor], start: int) -> dict[str, Tensor]:
+        return {name: tensor[start : start + rows] for name, tensor in tensors.items()}
+
+    return [
+        {
+            "inputs": part(batch["inputs"], start),
+            "texts": {kind: part(tokens, start) for kind, tokens in batch["texts"].items()},
+        }
+        for start in range(0, total, rows)
+    ]
 
 
-def _short(pairing: str) -> str:
-    """audio_plus_text_video -> a+t·v"""
-    sides = (public_name(side).replace("_", "+").split("+") for side in PAIRINGS[pairing])
-    return "·".join("+".join(word[0] for word in side) for side in sides)
+def _of_rank_0(value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    shared = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(shared)
+    return shared[0]
+
+
+def _short(left: str, right: str, caption: str | None) -> str:
+    """audio_plus_text, video -> a+t·v; with the kind of caption behind it"""
+    sides = (public_name(side).replace("_", "+").split("+") for side in (left, right))
+    short = "·".join("+".join(word[0] for word in side) for side in sides)
+    return short if caption is None else f"{short}@{''.join(word[0] for word in caption.split('_'))}"
+
+
+def _start_wandb(project: str, folder: Path, settings: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError(f"wandb_project={project} needs Weights & Biases: pip install wandb, or unset it") from None
+    return wandb.init(project=project, dir=str(folder), name=folder.name, config=settings)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from ..config import ConfigError, ParallelConfig
+from ..evaluation.embed import Embedder
 from ..model.peav import PEAudioVideo
 
 
@@ -61,18 +61,6 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-class Embedder(nn.Module):
-    """The model as DDP and the micro-batches see it: a batch to a dict of embeddings, and nothing else."""
-
-    def __init__(self, model: PEAudioVideo):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """`batch` as `data.dataset.Collate` makes it: "inputs", and "texts" where there are several kinds."""
-        return self.model.embed(batch["inputs"], batch.get("texts"))
 
 
 def parallelize(model: PEAudioVideo, config: ParallelConfig, device: torch.device) -> nn.Module:

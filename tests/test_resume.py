@@ -1,0 +1,171 @@
+"""Runs that are stopped, killed, resumed, fed with nonsense, or spread over ranks, through the command line."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+import pe_av.training.loop
+from pe_av.config import ConfigError, TrainConfig, config_dir, from_dict
+from pe_av.loss import LossOutput, contrastive_loss
+from pe_av.training.loop import MOST_SKIPPED, Run
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["data.demo.train_clips=24", "data.demo.eval_clips=4", "batch_size=8", "data.num_workers=0", "log_every=1"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return [*SMALL, f"data.demo.root={tmp_path_factory.mktemp('demo')}"]
+
+
+def start(folder: Path, *overrides: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    command = [sys.executable, *launcher, "train.py", *overrides, f"hydra.run.dir={folder}"]
+    threads = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=threads, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def finish(folder: Path, *overrides: str, launcher: tuple[str, ...] = ()) -> None:
+    process = start(folder, *overrides, launcher=launcher)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+
+
+def losses(folder: Path) -> list[tuple[int, float, float]]:
+    rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"], row["gradient_norm"]) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(world: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight steps without interruption: more than two epochs of 24 clips in batches of eight."""
+    folder = tmp_path_factory.mktemp("whole")
+    finish(folder, *world, "steps=8", "eval_every=2", "optim.ema=0.5")
+    return folder
+
+
+def killed_and_resumed(folder: Path, world: list[str], wait: random.Random) -> None:
+    """kill -9 once a step after the first was logged, at a random moment, also while a checkpoint is written."""
+    process = start(folder, *world, "steps=8", "eval_every=2", "optim.ema=0.5")
+    history = folder / "history.jsonl"
+    steps = wait.randint(1, 6)
+    while process.poll() is None and not (history.exists() and len(history.read_text().splitlines()) >= steps):
+        time.sleep(0.01)
+    time.sleep(wait.uniform(0, 0.6))
+    process.kill()
+    process.communicate()
+    finish(folder, *world, "steps=8", "eval_every=2", "optim.ema=0.5", "resume=auto")
+
+
+@pytest.mark.parametrize("trial", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 20))])
+def test_a_killed_run_goes_on_to_the_bit(tmp_path: Path, world: list[str], whole: Path, trial: int):
+    killed_and_resumed(tmp_path, world, random.Random(trial))
+    assert losses(tmp_path) == losses(whole)
+    ours, theirs = (load_file(folder / "checkpoint" / "model.safetensors") for folder in (tmp_path, whole))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves_with_its_code(tmp_path: Path, world: list[str], sent: signal.Signals, code: int):
+    process = start(tmp_path, *world, "steps=100000", "eval_every=100000")
+    while process.poll() is None and not (tmp_path / "history.jsonl").exists():
+        time.sleep(0.05)
+    process.send_signal(sent)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == code
+    assert f"stopped by {sent.name}" in errors and "resume=auto" in errors and "Traceback" not in errors
+    saved = losses(tmp_path)[-1][0]
+    assert (tmp_path / "state" / f"step-{saved:08d}" / "checksums.json").is_file()
+    assert (tmp_path / "checkpoint" / "model.safetensors").is_file()
+
+
+def test_two_ranks_log_what_one_does(tmp_path: Path, world: list[str]):
+    """Sharded and in micro-batches, from the command line that the README gives."""
+    finish(tmp_path / "one", *world, "steps=4")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    options = ["steps=4", "parallel.strategy=fsdp", "micro_batch_size=2"]
+    finish(tmp_path / "two", *world, *options, launcher=launcher)
+    one, two = (torch.tensor([row[1:] for row in losses(tmp_path / name)]) for name in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)
+    assert json.loads((tmp_path / "two" / "metrics.json").read_text())["text->audio"]["gallery"] == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["resume=nowhere"], "nowhere: no checksums.json there, so this is no checkpoint of a run"),
+        (["parallel.strategy=tensor"], "parallel.strategy=tensor is unknown"),
+        (["optim.freeze=[vidio]"], "optim.freeze: the model has no part vidio"),
+        (["wandb_project=x"], "wandb_project=x needs Weights & Biases: pip install wandb"),
+    ],
+)
+def test_a_mistake_costs_one_line(tmp_path: Path, world: list[str], overrides: list[str], message: str):
+    process = start(tmp_path, *world, *overrides)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 1 and message in errors and "Traceback" not in errors
+
+
+def run(folder: Path, overrides: list[str]) -> Run:
+    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        composed = compose("train", overrides=overrides)
+    config = from_dict(TrainConfig, OmegaConf.to_container(composed), source="test")
+    return Run(config, folder, torch.device("cpu"))
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, at: set[int]) -> None:
+    """The loss of these calls, counted from 1, is NaN, and so are its gradients."""
+    calls = 0
+
+    def loss(*arguments: object) -> LossOutput:
+        nonlocal calls
+        calls += 1
+        out = contrastive_loss(*arguments)
+        return LossOutput(out.total * float("nan"), out.losses) if calls in at else out
+
+    monkeypatch.setattr(pe_av.training.loop, "contrastive_loss", loss)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_named(tmp_path: Path, world: list[str], monkeypatch):
+    broken(monkeypatch, {3})
+    training = run(tmp_path, [*world, "steps=5", "eval_every=5"])
+    training.train()
+    (skipped,) = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert (
+        skipped["step"] == 2 and len(skipped["ids"]) == 8 and all(name.startswith("train-") for name in skipped["ids"])
+    )
+    assert all(parameter.isfinite().all() for parameter in training.model.parameters())
+
+
+def test_ten_such_steps_end_the_run_and_harm_nothing(tmp_path: Path, world: list[str], monkeypatch):
+    broken(monkeypatch, set(range(4, 100)))
+    training = run(tmp_path, [*world, "steps=50", "eval_every=2"])
+    with pytest.raises(ConfigError, match=f"{MOST_SKIPPED} steps in a row had no finite loss"):
+        training.train()
+    weights = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == MOST_SKIPPED
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["loss=ten"], ["lora.rank=2"], ["accumulate=2"], ["optim.freeze=[text,video.vision]"]],
+    ids=["ten pairings", "adapters", "accumulation", "frozen towers"],
+)
+def test_recipes_run_and_can_be_loaded(tmp_path: Path, world: list[str], overrides: list[str]):
+    metrics = run(tmp_path, [*world, "steps=2", *overrides]).train()
+    assert metrics["text->audio"]["gallery"] == 4
+    from pe_av import load_model
+
+    assert not any(".adapter." in name for name in load_model(tmp_path / "checkpoint").state_dict())
