@@ -369,6 +369,9 @@ class LossConfig:
     # factor on the weight of all pairings that use this one's scale and bias; 0 learns nothing from them
     weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PAIRINGS, 1.0))
     pairings: list[Pairing] = field(default_factory=lambda: [Pairing(name, *PAIRINGS[name]) for name in PAIRINGS])
+    # start biases where a pair that does not belong together has a probability of 1 / batch_size, on the evaluation
+    # set: a checkpoint's biases are those of the batches that it was trained with
+    start_bias: bool = False
 
     def __post_init__(self) -> None:
         for name, weight in self.weights.items():
@@ -474,6 +477,7 @@ class TrainConfig:
     micro_batch_size: int | None = None  # rows embedded at a time, on each rank, with the whole batch's gradient
     accumulate: int = 1  # batches, each with its own negatives, whose gradients are averaged in one step
     lora: LoraConfig = field(default_factory=LoraConfig)
+    watch: str | None = None  # manifest of other clips, evaluated too: what is forgotten on the way
     resume: str | None = None  # state to go on from; auto: the newest whole one in the run's folder
     keep_checkpoints: int = 2  # the newest states that stay
     wandb_project: str | None = None  # also log to Weights & Biases

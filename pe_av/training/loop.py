@@ -31,12 +31,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 
 from ..checkpoint import build_model, load_model, save_weights
-from ..config import ConfigError, TrainConfig
+from ..config import PAIRINGS, ConfigError, TrainConfig
 from ..conversion.warm_start import warm_start
 from ..data.cache import reader_for
 from ..data.dataset import BadItems, ClipReader, Collate, load_into_memory, open_manifest, to_device
 from ..data.loader import BatchSampler, Loader
-from ..data.manifest import Manifest
+from ..data.manifest import Manifest, read_manifest
 from ..data.processor import Processor
 from ..data.tokenizer import read_tokenizer, train_tokenizer
 from ..device import precision_context
@@ -86,6 +86,13 @@ class Run:
         listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         self.console.print(f"{sum(counts.values()):,} parameters: {listed}", soft_wrap=True)
         self.train_loader, self.eval_loader = self._loaders(train_clips, eval_clips)
+        self.watch_loader, self.watched = None, []
+        if config.watch is not None:
+            watched = read_manifest(config.watch)
+            sampler = BatchSampler(len(watched), config.eval_batch_size)
+            reader = ClipReader(self.processor, config.data.max_seconds)
+            workers, limit = config.data.num_workers, config.data.time_limit
+            self.watch_loader = Loader(watched, reader, sampler, Collate(self.processor), workers, limit)
 
         freeze(self.model, config.optim.freeze)
         if config.lora.rank:
@@ -102,6 +109,8 @@ class Run:
         self.recalls: list[dict[str, Any]] = []
         self.checkpointer = Checkpointer(self.folder / "state", config.keep_checkpoints)
         self._resume()
+        if config.loss.start_bias and self.step == 0:
+            self._start_biases()
         # the model's section is the model's own: with `checkpoint=` it came from there
         resolved = asdict(config) | {"model": asdict(self.model.config)}
         if rank() == 0:
@@ -125,6 +134,8 @@ class Run:
         try:
             with self._progress() as progress:
                 task = progress.add_task("training", total=config.steps, completed=self.step, line="")
+                if self.watch_loader is not None and self.step == 0:
+                    self._evaluate_watched()
                 window = Window()
                 batches = self._batches()
                 while self.step < config.steps:
@@ -152,6 +163,8 @@ class Run:
                 signal.signal(number, handler)
             self.train_loader.close()
             self.eval_loader.close()
+            if self.watch_loader is not None:
+                self.watch_loader.close()
         self.console.print(f"written to {self.folder}")
         if rank() == 0:
             print_table(metrics)
@@ -163,6 +176,7 @@ class Run:
             self.average.swap(self.model)
         with self.autocast:
             embeds, valid, bad = embed_batches(self.embedder, self.eval_loader, self.device, "evaluating")
+        self._evaluate_watched()
         if self.average is not None:
             self.average.swap(self.model)
         self.bad.add(bad)
@@ -177,6 +191,32 @@ class Run:
         shown = "  ".join(f"{name} {value:.1f}" for name, value in list(recalls.items())[:6])
         self.console.print(f"step {self.step}  R@1 in percent: {shown}", soft_wrap=True)
         return metrics
+
+    def _evaluate_watched(self) -> None:
+        """The same on the clips of `watch`, beside what it was at the start, before anything could be forgotten."""
+        if self.watch_loader is None:
+            return
+        with self.autocast:
+            embeds, valid, _ = embed_batches(self.embedder, self.watch_loader, self.device, "watching")
+        recalls = {direction: row["R@1"] for direction, row in evaluate_embeddings(embeds, valid).items()}
+        self.watched.append({"step": self.step, "R@1": recalls})
+        if rank() == 0:
+            write_metrics(self.folder / "watch.json", {"evaluations": self.watched})
+            self._watch({f"watch/{direction}": value for direction, value in recalls.items()})
+        changes = {name: value - self.watched[0]["R@1"][name] for name, value in recalls.items()}
+        shown = "  ".join(f"{name} {recalls[name]:.1f} ({changes[name]:+.1f})" for name in list(recalls)[:6])
+        self.console.print(f"step {self.step}  watched, and since the start: {shown}", soft_wrap=True)
+
+    @torch.no_grad()
+    def _start_biases(self) -> None:
+        """b = −log(N − 1) − s · mean of x·y over pairs that do not belong together, of each pairing."""
+        with self.autocast:
+            embeds, _, _ = embed_batches(self.embedder, self.eval_loader, self.device, "measuring")
+        for name, (left, right) in PAIRINGS.items():
+            if name in self.model.logits and left in embeds and right in embeds and len(embeds[left]) > 1:
+                similarity, pair = embeds[left] @ embeds[right].T, self.model.logits[name]
+                apart = similarity[~torch.eye(len(similarity), dtype=torch.bool)].mean()
+                pair.bias.fill_(-math.log(self.config.batch_size - 1) - pair.scale.item() * apart.item())
 
     def save(self) -> None:
         """The model as a native checkpoint with its tokenizer, and, in the background, the state to go on from."""
@@ -193,6 +233,7 @@ class Run:
             "schedule": self.schedule.state_dict(),
             "data": self.train_loader.state_dict(),
             "recalls": self.recalls,
+            "watched": self.watched,
         }
         self.checkpointer.save(self.step, self.model, self.optimizer, self.average, progress)
 
@@ -307,7 +348,7 @@ class Run:
             found = Path(self.config.resume)
         if found is not None:
             progress = load(found, self.model, self.optimizer, self.average)
-            self.step, self.recalls = progress["step"], progress["recalls"]
+            self.step, self.recalls, self.watched = (progress[name] for name in ("step", "recalls", "watched"))
             self.schedule.load_state_dict(progress["schedule"])
             self.train_loader.load_state_dict(progress["data"])
             self.console.print(f"resumed at step {self.step} from {found}", soft_wrap=True)
