@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from conftest import randomize, relative_error, small_config
 
 from pe_av.model.align import align, nearest_index
+from pe_av.model.build import build_temporal
 from pe_av.model.fusion import FusionEncoder
-from pe_av.model.peav import _temporal
 
 MOST = 600  # 24 s of audio at 25 per second
 
@@ -43,7 +43,7 @@ def test_rows_of_different_lengths(frames: int):
 def test_fusion_aligns_rows_even_where_the_padded_lengths_are_equal():
     """transformers 5.23 skips the alignment there; a row's 3 frames then stand beside its first 3 of 8 steps."""
     config = small_config()
-    fusion = randomize(FusionEncoder(_temporal(config.fusion, "sdpa"), 40, 36, 64)).eval()
+    fusion = randomize(FusionEncoder(build_temporal(config.fusion, "sdpa"), 40, 36, 64)).eval()
     audio, video = torch.randn(2, 8, 40), torch.randn(2, 8, 36)
     audio_mask = torch.ones(2, 8, dtype=torch.bool)
     video_mask = torch.arange(8) < torch.tensor([[8], [3]])

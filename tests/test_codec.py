@@ -12,8 +12,8 @@ from transformers import DacConfig
 from transformers.models.dac.modeling_dac import DacEncoder
 
 from pe_av.config import CodecConfig
+from pe_av.model.build import build_codec
 from pe_av.model.codec import CodecEncoder
-from pe_av.model.peav import _codec
 
 RATIOS = [2, 8, 10, 12]
 HOP = 1920
@@ -121,7 +121,7 @@ def test_a_halo_too_small_is_heard(monkeypatch: pytest.MonkeyPatch):
 
 def test_tile_seconds():
     for seconds, frames in ((None, None), (1.0, 25), (0.5, 12), (0.001, 1)):
-        assert _codec(CodecConfig(encoder_hidden_size=2, tile_seconds=seconds)).tile_frames == frames
+        assert build_codec(CodecConfig(encoder_hidden_size=2, tile_seconds=seconds)).tile_frames == frames
 
 
 def test_frozen_codec_takes_no_gradient_and_a_trainable_one_does():

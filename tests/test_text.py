@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import ModernBertConfig, ModernBertModel
 
 from pe_av.config import TextConfig
-from pe_av.model.peav import _text
+from pe_av.model.build import build_text
 from pe_av.model.text import ModernBERT
 
 LONG = replace(small_config().text, num_hidden_layers=7, nth_text_layer=5)  # layers 0, 3 and 6 see everything
@@ -43,7 +43,7 @@ def reference(config: TextConfig) -> ModernBertModel:
 
 
 def ours(config: TextConfig, weights: dict[str, Tensor], attention: str = "sdpa") -> ModernBERT:
-    model = _text(config, attention)
+    model = build_text(config, attention)
     names = {name: renamed(f"text_model.{name}", TRANSFORMERS).removeprefix("text.") for name in weights}
     model.load_state_dict({names[name]: tensor for name, tensor in weights.items()})
     return model.eval()
@@ -97,7 +97,7 @@ def test_every_setting_reaches_the_model(change: dict[str, float], base: dict[st
 def test_local_layers_see_the_window_and_no_further():
     """One local layer: a token moves those at most `local_attention` / 2 away, and all of those."""
     config = replace(LONG, num_hidden_layers=2, nth_text_layer=2)
-    model = _text(config, "sdpa")
+    model = build_text(config, "sdpa")
     randomize(model).eval()
     x = torch.randn(1, TOKENS, config.hidden_size)
     changed = x.clone()
@@ -111,7 +111,7 @@ def test_local_layers_see_the_window_and_no_further():
 def test_a_row_does_not_depend_on_its_batch():
     """Garbage token ids behind a row's end included."""
     config = small_config()
-    model = randomize(_text(config.text, "sdpa")).eval()
+    model = randomize(build_text(config.text, "sdpa")).eval()
     batch = random_batch(config)
     with torch.inference_mode():
         together, _ = model(batch["input_ids"], batch["attention_mask"])

@@ -14,7 +14,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.pe_audio import PeAudioEncoderConfig
 
 from pe_av.config import ACTIVATIONS, ConfigError, ModelConfig, RopeConfig, TransformerConfig
-from pe_av.model.peav import PEAudioVideo, _temporal
+from pe_av.model.build import build_temporal
+from pe_av.model.peav import PEAudioVideo
 from pe_av.model.transformer import TemporalTransformer, attend, rotary_angles
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -30,7 +31,7 @@ ACTIVATION = {
 
 
 def build(config: TransformerConfig, attention: str = "sdpa") -> TemporalTransformer:
-    return randomize(_temporal(config, attention)).eval()
+    return randomize(build_temporal(config, attention)).eval()
 
 
 class BruteForce:

@@ -387,7 +387,7 @@ def run(folder: Path, world: Path, *overrides: str) -> Run:
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         composed = compose("train", overrides=small)
-    return Run(from_dict(TrainConfig, OmegaConf.to_container(composed), source="test"), folder)
+    return Run(from_dict(TrainConfig, OmegaConf.to_container(composed), source="test"), folder, torch.device("cpu"))
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def build_text(config: TextConfig, attention: str) -> ModernBERT:
 def build_audio(config: AudioConfig, attention: str) -> AudioEncoder:
     temporal = config.transformer
     tower = AudioEncoder(
-        _codec(config.codec), _temporal(temporal, attention), config.codec.codebook_dim, temporal.hidden_size
+        build_codec(config.codec), build_temporal(temporal, attention), config.codec.codebook_dim, temporal.hidden_size
     )
     init_linear(tower.data_proj, temporal.initializer_range)  # the codec has a start of its own
     return tower
@@ -45,7 +45,7 @@ def build_audio(config: AudioConfig, attention: str) -> AudioEncoder:
 def build_video(config: VideoConfig, attention: str) -> VideoEncoder:
     vision, temporal = config.vision, config.transformer
     tower = VideoEncoder(
-        build_vision(vision, attention), _temporal(temporal, attention), vision.output_dim, temporal.hidden_size
+        build_vision(vision, attention), build_temporal(temporal, attention), vision.output_dim, temporal.hidden_size
     )
     init_linear(tower.proj, temporal.initializer_range)
     init_linear(tower.data_proj, temporal.initializer_range)
@@ -54,7 +54,7 @@ def build_video(config: VideoConfig, attention: str) -> VideoEncoder:
 
 def build_fusion(config: ModelConfig, attention: str) -> FusionEncoder:
     audio, video, fusion = config.audio.transformer, config.video.transformer, config.fusion
-    tower = FusionEncoder(_temporal(fusion, attention), audio.hidden_size, video.hidden_size, fusion.hidden_size)
+    tower = FusionEncoder(build_temporal(fusion, attention), audio.hidden_size, video.hidden_size, fusion.hidden_size)
     return init_linear(tower, fusion.initializer_range)
 
 
@@ -76,7 +76,7 @@ def build_vision(config: VisionConfig, attention: str) -> VisionTransformer:
     return init_linear(encoder, config.initializer_range)
 
 
-def _codec(config: CodecConfig) -> CodecEncoder:
+def build_codec(config: CodecConfig) -> CodecEncoder:
     tile_frames = None
     if config.tile_seconds is not None:
         tile_frames = max(1, round(config.tile_seconds * config.sampling_rate / config.hop_length))
@@ -89,7 +89,7 @@ def _codec(config: CodecConfig) -> CodecEncoder:
     )
 
 
-def _temporal(config: TransformerConfig, attention: str) -> TemporalTransformer:
+def build_temporal(config: TransformerConfig, attention: str) -> TemporalTransformer:
     transformer = TemporalTransformer(
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
