@@ -157,16 +157,10 @@ def wait(steps: int, workers: int) -> dict[str, float]:
     for in_memory in (True, False):
         with tempfile.TemporaryDirectory() as folder:
             data = DataConfig(demo=DemoConfig(), in_memory=in_memory, num_workers=workers)
-            run = Run(TrainConfig(model=load_preset("tiny"), data=data, steps=steps), Path(folder))
-            batches, waited = run._batches(), 0.0
-            next(batches)
-            started = time.perf_counter()
-            for _ in range(steps):
-                asked = time.perf_counter()
-                batch = next(batches)
-                waited += time.perf_counter() - asked
-                run._step(batch["inputs"])
-            found["in_memory" if in_memory else "decoding"] = waited / (time.perf_counter() - started)
+            config = TrainConfig(model=load_preset("tiny"), data=data, steps=steps, eval_every=steps, log_every=steps)
+            run = Run(config, Path(folder), torch.device("cpu"))
+            run.train()
+            found["in_memory" if in_memory else "decoding"] = run.history[-1]["data_wait"]
     return found
 
 

@@ -1,6 +1,9 @@
 """A small model, random weights and inputs for it, and how far two tensors are apart."""
 
+import os
 from collections.abc import Sequence
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: as many workers as cores run already
 
 import pytest
 import torch

@@ -1,6 +1,7 @@
 """Runs that are stopped, killed, resumed, fed with nonsense, or spread over ranks, through the command line."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -17,6 +18,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 import pe_av.training.loop
+from pe_av import load_model
 from pe_av.config import ConfigError, TrainConfig, config_dir, from_dict
 from pe_av.loss import LossOutput, contrastive_loss
 from pe_av.training.loop import MOST_SKIPPED, Run
@@ -166,6 +168,41 @@ def test_ten_such_steps_end_the_run_and_harm_nothing(tmp_path: Path, world: list
 def test_recipes_run_and_can_be_loaded(tmp_path: Path, world: list[str], overrides: list[str]):
     metrics = run(tmp_path, [*world, "steps=2", *overrides]).train()
     assert metrics["text->audio"]["gallery"] == 4
-    from pe_av import load_model
-
     assert not any(".adapter." in name for name in load_model(tmp_path / "checkpoint").state_dict())
+
+
+@pytest.mark.parametrize("recipe", ["all", "locked", "heads", "lora"])
+def test_fine_tuning_moves_what_its_recipe_says(tmp_path: Path, world: list[str], whole: Path, recipe: str):
+    """And watches other clips, here the same ones, from before the first step on."""
+    watched = next(Path(world[-1].partition("=")[2]).glob("*/eval.jsonl"))
+    start = [f"checkpoint={whole}/checkpoint", f"finetune={recipe}", f"watch={watched}"]
+    run(tmp_path, [*world, *start, "steps=2"]).train()
+    before, after = (load_model(folder / "checkpoint").state_dict() for folder in (whole, tmp_path))
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    parts = {
+        "text.layers.0",
+        "audio.transformer.layers.0",
+        "video.vision.layers.0",
+        "fusion.transformer.layers.0",
+        "heads",
+    }
+    expected = {"all": parts, "lora": parts, "heads": {"heads"}}.get(
+        recipe, parts - {"text.layers.0", "video.vision.layers.0"}
+    )
+    assert {part for part in parts if any(name.startswith(f"{part}.") for name in moved)} == expected
+    assert not any(name.startswith("audio.codec.") for name in moved)
+    evaluations = json.loads((tmp_path / "watch.json").read_text())["evaluations"]
+    assert [row["step"] for row in evaluations] == [0, 2]
+    assert set(evaluations[0]["R@1"]) == set(evaluations[1]["R@1"]) and len(evaluations[0]["R@1"]) == 12
+
+
+def test_biases_start_where_other_pairs_are_as_rare_as_in_a_batch(tmp_path: Path, world: list[str]):
+    training = run(tmp_path, [*world, "steps=1", "loss.start_bias=true"])
+    batch = next(iter(training.eval_loader))
+    with torch.no_grad():
+        out = training.model.eval()(**batch["inputs"])
+    for name in training.model.logits:
+        logits = getattr(out, f"logits_{name}")
+        apart = logits[~torch.eye(len(logits), dtype=torch.bool)].mean().item()
+        assert apart == pytest.approx(-math.log(8 - 1), abs=1e-4), name
+    training.eval_loader.close()
