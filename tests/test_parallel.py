@@ -100,7 +100,7 @@ def alone() -> Tensor:
     ("ranks", "parallel", "micro_batches"),
     [
         (2, ParallelConfig(strategy="ddp"), 1),
-        (2, ParallelConfig(strategy="ddp"), 3),
+        pytest.param(2, ParallelConfig(strategy="ddp"), 3, marks=pytest.mark.slow),
         (2, ParallelConfig(strategy="fsdp"), 1),
         (2, ParallelConfig(strategy="fsdp", activation_checkpointing=True), 3),
     ],
@@ -129,7 +129,7 @@ def resume(folder: Path, parallel: ParallelConfig, first: int, last: int) -> Non
         torch.save(torch.tensor(history), folder / f"history-{first}.pt")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, alone: Tensor, strategy: str):
     for ranks, first, last in ((2, 0, 4), (1, 4, 8), (3, 8, 12)):
         launch(ranks, resume, tmp_path, ParallelConfig(strategy=strategy), first, last)

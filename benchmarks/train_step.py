@@ -1,0 +1,126 @@
+"""One whole training step, with and without compilation and activation checkpointing: `python benchmarks/train_step.py`
+
+For each form the largest batch that fits is searched by doubling; then steps are timed. Random clips of 16 frames and
+10 s, in bf16 where the device has it. Prints a table and writes benchmarks/results/train_step_<device>.json.
+"""
+
+import argparse
+import gc
+import json
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from pe_av import build_model
+from pe_av.config import LossConfig, OptimConfig, ParallelConfig, load_preset
+from pe_av.device import pick_device, precision_context
+from pe_av.loss import contrastive_loss
+from pe_av.training.loop import PEAK_FLOPS
+from pe_av.training.microbatch import backward
+from pe_av.training.optim import build_optimizer
+from pe_av.training.parallel import clip_gradients, parallelize
+
+
+def step_of(preset: str, form: ParallelConfig, device: torch.device):
+    """A function that takes a training step with so many random clips."""
+    config = load_preset(preset)
+    model = build_model(config, device).train()
+    embedder = parallelize(model, form, device)
+    optimizer = build_optimizer(model, OptimConfig())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    logits = {name: (pair.scale, pair.bias) for name, pair in model.logits.items()}
+    size, hop, rate = config.video.vision.image_size, config.audio.codec.hop_length, config.audio.codec.sampling_rate
+
+    def loss_of(embeds: dict[str, torch.Tensor]) -> tuple[torch.Tensor, None]:
+        return contrastive_loss(embeds, logits, LossConfig().pairings).total, None
+
+    def step(clips: int) -> None:
+        inputs = {
+            "input_ids": torch.randint(config.text.vocab_size, (clips, 32), device=device),
+            "input_values": 0.1 * torch.randn(clips, 1, 10 * rate // hop * hop, device=device),
+            "pixel_values_videos": torch.randn(clips, 16, 3, size, size, device=device),
+        }
+        optimizer.zero_grad(set_to_none=True)
+        with precision_context("auto", device):
+            backward(embedder, [{"inputs": inputs}], loss_of)
+        clip_gradients(trained, 1.0)
+        optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def measure(preset: str, form: ParallelConfig, device: torch.device, most: int, repeats: int) -> dict[str, float]:
+    """The largest power of two of clips that fits, and what a step with it takes."""
+    step, clips = step_of(preset, form, device), 1
+    while 2 * clips <= most:
+        try:
+            step(2 * clips)
+        except torch.OutOfMemoryError:
+            gc.collect()
+            torch.cuda.empty_cache()
+            break
+        clips *= 2
+    step(clips)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        step(clips)
+    seconds = (time.perf_counter() - started) / repeats
+    row = {"clips": clips, "seconds": seconds, "clips_per_second": clips / seconds}
+    if device.type == "cuda":
+        row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        if not form.compile:  # the counter sees no compiled kernels
+            with FlopCounterMode(display=False) as counter:
+                step(clips)
+            name = torch.cuda.get_device_name()
+            peak = next((flops for chip, flops in PEAK_FLOPS.items() if chip in name), None)
+            if peak is not None:  # recomputation included
+                row["flop_utilization"] = counter.get_total_flops() / seconds / peak
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="large")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--most", type=int, default=1024, help="clips that are tried at most")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    device = pick_device(options.device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    rows = {}
+    for recompute in (False, True):
+        for compiled in (False, True):
+            form = ParallelConfig(activation_checkpointing=recompute, compile=compiled)
+            key = f"{'recomputed' if recompute else 'kept'}, {'compiled' if compiled else 'eager'}"
+            rows[key] = measure(options.preset, form, device, options.most, options.repeats)
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    table = Table("activations, blocks", *columns, title=f"{options.preset} on {name}")
+    for key, row in rows.items():
+        table.add_row(key, *(f"{row[column]:.3g}" if column in row else "" for column in columns))
+    Console().print(table)
+    results = Path(__file__).parent / "results"
+    results.mkdir(exist_ok=True)
+    content = {
+        "device": name,
+        "date": str(date.today()),
+        "torch": torch.__version__,
+        "preset": options.preset,
+        "rows": rows,
+    }
+    (results / f"train_step_{device.type}.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
