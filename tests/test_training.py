@@ -218,8 +218,7 @@ def demo_run(folder: Path, *overrides: str) -> dict[str, dict[str, float]]:
 @pytest.mark.slow
 def test_the_demo_reaches_what_the_readme_says(tmp_path: Path):
     metrics = demo_run(tmp_path)
-    # audio->video was 24 with this seed; one clip in 256 more or less is 0.4
-    for direction, least in {"text->video": 50, "video->text": 50, "text->audio": 40, "audio->video": 20}.items():
+    for direction, least in {"text->video": 50, "video->text": 50, "text->audio": 40, "audio->video": 25}.items():
         assert metrics[direction]["R@1"] >= least, direction
 
 

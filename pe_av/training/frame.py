@@ -34,7 +34,8 @@ from ..device import pick_device, precision_context
 from ..evaluation.localization import localization_metrics
 from ..evaluation.report import write_metrics
 from ..model.frame import PEAudioFrame
-from .optim import AveragedWeights, build_optimizer, build_schedule, clip_gradients, freeze
+from .optim import AveragedWeights, build_optimizer, build_schedule, freeze
+from .parallel import clip_gradients
 
 CALIBRATION_CLIPS = 12
 
@@ -141,7 +142,7 @@ def train(config: FrameTrainConfig, folder: Path) -> dict[str, float]:
             loss = frame_loss(out.audio_embeds, out.text_embeds, pair.scale, pair.bias, target, mask, captions)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            clip_gradients(model, config.optim.clip_norm)
+            clip_gradients([p for p in model.parameters() if p.requires_grad], config.optim.clip_norm)
             optimizer.step()
             schedule.step()
             if average is not None:

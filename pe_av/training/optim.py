@@ -70,11 +70,6 @@ def build_schedule(optimizer: AdamW, config: OptimConfig, steps: int) -> LambdaL
     return LambdaLR(optimizer, ratio)
 
 
-def clip_gradients(model: nn.Module, norm: float) -> Tensor:
-    """Scale all gradients down to the global `norm`; returns what it was before."""
-    return nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), norm)
-
-
 class AveragedWeights:
     """An exponential moving average of the weights that are trained (ema = decay · ema + (1 − decay) · weight)."""
 
