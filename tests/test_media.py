@@ -385,7 +385,30 @@ def test_nothing_is_read_after_max_seconds(files, monkeypatch):
     open_file = av.open
     monkeypatch.setattr(av, "open", lambda *args, **kwargs: Counted(open_file(*args, **kwargs)))
     assert shown(read_frames(files["b-frames.mp4"], max_seconds=0.4)) == list(range(10))
-    assert len(read) <= 10 + 4  # three B-frames put off what is shown by as many, and one packet says that it is enough
+    # three B-frames put off what is shown by as many, and one packet says that it is enough; for times, then pictures
+    assert len(read) <= 2 * (10 + 4)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+@pytest.mark.parametrize(
+    "structure",
+    ["bframes=3:b-pyramid=2:ref=4", "bframes=3:b-pyramid=0", "bframes=8:open-gop=1:keyint=12", "bframes=0", "tff=1"],
+)
+def test_what_is_left_out_between_wanted_frames_changes_no_pixel(tmp_path, codec, structure):
+    """Beside FFmpeg's own decoding of all frames; moving pictures with grain, so that every frame refers to others."""
+    if codec == "libx265":
+        structure = structure.replace("b-pyramid=2", "b-pyramid=1:temporal-layers=3").replace("tff=1", "interlace=tff")
+    chance = np.random.default_rng(0)
+    ramp = 3 * np.add.outer(np.arange(96), np.arange(128))[..., None] + np.zeros(3, int)
+    frames = [((ramp + 9 * i + chance.integers(0, 40, ramp.shape)) % 256).astype(np.uint8) for i in range(60)]
+    options = {f"{codec.removeprefix('lib')}-params": structure + ":log-level=none" * (codec == "libx265")}
+    path = write_frames(tmp_path / "a.mp4", frames, codec, options=options)
+    with av.open(str(path)) as container:
+        everything = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(everything) == 60
+    for count in (4, 7, 16, 31):
+        expected = np.stack([everything[i] for i in spread_indices(60, count)]).transpose(0, 3, 1, 2)
+        assert np.array_equal(read_frames(path, count).numpy(), expected), count
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -248,24 +248,25 @@ def _timeline(path: str | Path, start: float, end: float | None, max_seconds: fl
 def _pictures(path: str | Path, stamps: list[int], keys: list[int]) -> Iterator[np.ndarray]:
     """The (H, W, 3) picture for each stamp; stamps ascend and may repeat."""
     done = 0
-    for seek in (True, False):
+    for shortcuts in (True, False):
         try:
-            for picture in _decoded(path, stamps[done:], keys if seek else []):
+            for picture in _decoded(path, stamps[done:], keys, shortcuts):
                 done += 1
                 yield picture
             return
-        except _SeekError:
+        except _ShortcutError:
             pass  # and now what is left, from the beginning
 
 
-class _SeekError(Exception):
-    """After a seek, a frame did not come that the packets promise."""
+class _ShortcutError(Exception):
+    """After a shortcut, a frame did not come that the packets promise."""
 
 
-def _decoded(path: str | Path, stamps: list[int], keys: list[int]) -> Iterator[np.ndarray]:
-    """As `_pictures`, seeking the keyframe before a stamp where that leaves out more than `PREROLL`.
+def _decoded(path: str | Path, stamps: list[int], keys: list[int], shortcuts: bool) -> Iterator[np.ndarray]:
+    """As `_pictures`.
 
-    Frames that come between the wanted ones are decoded but not converted.
+    Shortcuts are to seek the keyframe before a stamp where that leaves out more than `PREROLL`, and not to decode what
+    is not wanted and nothing depends on. What else comes between the wanted frames is decoded and not converted.
     """
     from av.video.reformatter import VideoReformatter
 
@@ -273,25 +274,23 @@ def _decoded(path: str | Path, stamps: list[int], keys: list[int]) -> Iterator[n
     reformatter = VideoReformatter()
     with _opened(path, "video") as (container, stream):
         unit = stream.time_base
-        decoded = container.decode(stream)
-        now, picture, sought = -math.inf, None, False
+        wanted = set(stamps) if shortcuts else None
+        decoded = _decode(container, stream, wanted)
+        now, picture = -math.inf, None
         reached = _begin(container)  # seconds: how far decoding has come
         for stamp in stamps:
             nearest = bisect_right(keys, stamp) - 1
-            if (
-                nearest >= 0
-                and keys[nearest] * unit - reached > PREROLL
-                and _seek(container, stream, keys[nearest] * unit)
-            ):
-                decoded, sought = container.decode(stream), True
+            far = shortcuts and nearest >= 0 and keys[nearest] * unit - reached > PREROLL
+            if far and _seek(container, stream, keys[nearest] * unit):
+                decoded = _decode(container, stream, wanted)
             while now < stamp:
                 frame = next(decoded, None)
                 if frame is not None and frame.pts is None:
                     continue
                 now, picture = math.inf if frame is None else frame.pts, None
             if now != stamp:
-                if sought:
-                    raise _SeekError
+                if shortcuts:
+                    raise _ShortcutError
                 when = float(stamp * unit)
                 raise MediaError(f"{path}: damaged, no frame decodes at {when:.2f} s; re-encode it or leave it out")
             reached = now * unit
@@ -300,6 +299,16 @@ def _decoded(path: str | Path, stamps: list[int], keys: list[int]) -> Iterator[n
                 rgb = reformatter.reformat(frame, *size, format="rgb24", threads=1).to_ndarray()
                 picture = np.rot90(rgb, round(frame.rotation / 90))  # filmed with the camera on its side
             yield picture
+
+
+def _decode(container: Any, stream: Any, wanted: set[int] | None) -> Iterator[Any]:
+    """The frames from here on. Of those whose stamp is not wanted, the ones that no other refers to may be missing:
+    in H.264 they are marked, and are up to half of all. (In HEVC the mark is only about frames of the same layer.)"""
+    context = stream.codec_context
+    for packet in container.demux(stream):
+        if wanted is not None and context.name == "h264":
+            context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+        yield from packet.decode()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

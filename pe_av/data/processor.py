@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from pe_av.config import FrameConfig, ModelConfig, read_model_config
 from pe_av.data.media import CHUNK, MediaError, check_part, iter_frames, read_audio, spread_indices
 from pe_av.data.tokenizer import read_tokenizer
+from pe_av.model.video import scale_frames
 
 Media = str | Path | Tensor | np.ndarray
 
@@ -223,22 +224,21 @@ class Processor:
             rows.append(torch.tensor(ids))
         return {
             "input_ids": pad_sequence(rows, batch_first=True, padding_value=self.config.text.pad_token_id),
-            "attention_mask": _mask(rows),
+            "attention_mask": mask_of(rows),
         }
 
     def batch_audio(self, waveforms: Sequence[Tensor]) -> dict[str, Tensor]:
         """Waveforms from `audio_item` to `input_values` (B, 1, samples), zero-padded, `padding_mask` (B, samples)."""
         values = pad_sequence(list(waveforms), batch_first=True)
-        return {"input_values": rearrange(values, "b s -> b 1 s"), "padding_mask": _mask(waveforms)}
+        return {"input_values": rearrange(values, "b s -> b 1 s"), "padding_mask": mask_of(waveforms)}
 
     def batch_videos(self, clips: Sequence[Tensor]) -> dict[str, Tensor]:
         """Frames from `video_item` to `pixel_values_videos` (B, F, 3, S, S), scaled to [-1, 1] and padded with zeros,
         and `padding_mask_videos` (B, F)."""
-        mask = _mask(clips)
+        mask = mask_of(clips)
         values = torch.zeros(*mask.shape, *clips[0].shape[1:])
         for row, frames in zip(values, clips, strict=True):
-            # /255, mean 0.5, standard deviation 0.5, in place: a batch of long clips is large
-            row[: len(frames)].copy_(frames).div_(255).sub_(0.5).div_(0.5)
+            row[: len(frames)] = scale_frames(frames)
         return {"pixel_values_videos": values, "padding_mask_videos": mask}
 
 
@@ -344,7 +344,7 @@ def _each(kind: str, items: list, process: Callable[[Any], Tensor]) -> list[Tens
     return done
 
 
-def _mask(rows: Sequence[Tensor]) -> Tensor:
+def mask_of(rows: Sequence[Tensor]) -> Tensor:
     """(B, longest) bool, True where a row has something."""
     lengths = torch.tensor([len(row) for row in rows])
     return torch.arange(int(lengths.max())) < lengths[:, None]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..config import TextConfig
 from .audio import AudioEncoder
 from .text import ModernBERT
-from .video import VideoEncoder
+from .video import VideoEncoder, scale_frames
 
 
 @dataclass
@@ -68,7 +68,7 @@ def codec_to_features(tower: AudioEncoder | None, codec_features: Tensor, mask: 
 
 
 def video_features(tower: VideoEncoder | None, pixel_values_videos: Tensor, mask: Tensor | None) -> Features:
-    """(B, F, 3, S, S) and the mask (B, F) -> one position per frame."""
+    """(B, F, 3, S, S), scaled or as bytes, and the mask (B, F) -> one position per frame."""
     _present(tower, "video")
     _check(tower, "pixel_values_videos", pixel_values_videos, 5, mask, "padding_mask_videos", dim=1)
     size = tower.vision.image_size
@@ -77,6 +77,8 @@ def video_features(tower: VideoEncoder | None, pixel_values_videos: Tensor, mask
             f"pixel_values_videos are {tuple(pixel_values_videos.shape)}, not (B, frames >= 1, 3, {size}, {size}): "
             "the Processor resizes them"
         )
+    if pixel_values_videos.dtype == torch.uint8:
+        pixel_values_videos = scale_frames(pixel_values_videos)
     return frames_to_features(tower, tower.encode(pixel_values_videos.to(tower.proj.weight.dtype)), mask)
 
 
@@ -107,7 +109,8 @@ def _check(
     """Shapes and types always; values only outside training, where a copy to the host does no harm."""
     if value.dim() != dims:
         raise ValueError(f"{name} has {value.dim()} dimensions {tuple(value.shape)}, not {dims}")
-    if dims > 2 and not value.is_floating_point():
+    is_bytes = name == "pixel_values_videos" and value.dtype == torch.uint8
+    if dims > 2 and not value.is_floating_point() and not is_bytes:
         raise ValueError(f"{name} is {value.dtype}: pass floating point values, as the Processor makes them")
     if mask is not None:
         if mask.dtype != torch.bool:

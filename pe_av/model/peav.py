@@ -116,7 +116,8 @@ class PEAudioVideo(nn.Module):
         Args:
             input_ids: (B, T) token ids; attention_mask: (B, T).
             input_values: (B, 1, samples) 48 kHz mono in whole hops; padding_mask: (B, samples).
-            pixel_values_videos: (B, F, 3, S, S) in [-1, 1]; padding_mask_videos: (B, F).
+            pixel_values_videos: (B, F, 3, S, S) in [-1, 1], or uint8, which is scaled here and a quarter of the size
+                on the way; padding_mask_videos: (B, F).
                 Masks are bool, True where valid, valid positions first; None: all valid.
             codec_features: (B, frames, codebook_dim) from `audio.encode`, instead of input_values, for a codec that is
                 frozen and clips that are seen often; padding_mask is then (B, frames).

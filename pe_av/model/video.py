@@ -1,11 +1,17 @@
 """The video tower: every frame through the vision transformer, then a transformer over time."""
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from .transformer import TemporalTransformer
 from .vit import VisionTransformer
+
+
+def scale_frames(frames: Tensor) -> Tensor:
+    """Pixels as bytes, of any shape, to what the frame encoder reads: mean 0.5 and standard deviation 0.5 of [0, 1]."""
+    return frames.to(torch.float32).div_(255).sub_(0.5).div_(0.5)
 
 
 class VideoEncoder(nn.Module):
