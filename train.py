@@ -1,5 +1,6 @@
 """Train PE-AV: `python train.py [key=value …]`; the settings and what they mean stand in pe_av/config.py."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -24,6 +25,9 @@ def main(composed: DictConfig) -> None:
         config = from_dict(TrainConfig, OmegaConf.to_container(composed), source="config")
         with process_group(pick_device(config.device), config.parallel.timeout_minutes) as device:
             Run(config, Path(HydraConfig.get().runtime.output_dir), device).train()
+    except ConnectionError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # threads that wait for the lost rank would hold up the end
     except (ValueError, OSError) as error:
         stop_on_error(error)
     except Stopped as stopped:

@@ -103,6 +103,24 @@ def test_two_ranks_log_what_one_does(tmp_path: Path, world: list[str]):
     assert json.loads((tmp_path / "two" / "metrics.json").read_text())["text->audio"]["gallery"] == 4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+def test_torchrun_goes_on_when_a_rank_is_lost(tmp_path: Path, world: list[str], whole: Path, sent: signal.Signals):
+    """Killed, or hanging for longer than the timeout: the other rank says so in one line, and all start again."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1")
+    options = ["steps=8", "eval_every=2", "optim.ema=0.5", "resume=auto", "parallel.timeout_minutes=0.2"]
+    process = start(tmp_path, *world, *options, launcher=launcher)
+    while process.poll() is None and not any((tmp_path / "state").glob("step-*[02468]")):
+        time.sleep(0.01)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(next(int(child) for child in ranks if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes()), sent)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "error: rank 0 lost another one, which ended or hangs" in errors and "resumed at step" in errors, errors
+    interrupted, uninterrupted = (torch.tensor(losses(folder)) for folder in (tmp_path, whole))
+    torch.testing.assert_close(interrupted, uninterrupted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -30,6 +30,7 @@ def process_group(device: torch.device, timeout_minutes: float) -> Iterator[torc
 
     Raises:
         ConfigError: the description is incomplete, or a GPU is missing.
+        ConnectionError: inside, another rank ended, or others waited for it longer than `timeout_minutes`.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 and "MASTER_ADDR" not in os.environ:
@@ -48,11 +49,27 @@ def process_group(device: torch.device, timeout_minutes: float) -> Iterator[torc
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    timeout = timedelta(minutes=timeout_minutes)
+    store, rank_, world = next(dist.rendezvous("env://", timeout=timeout))
+    # torchrun keeps its store when it starts ranks again, with the addresses of those that are gone
+    store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank_, world_size=world, timeout=timeout)
     try:
         yield device
-    finally:
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        # the group is left as it is: taking it down would wait for the lost rank
+        raise ConnectionError(
+            f"rank {rank()} lost another one, which ended or hangs ({reason}): its own message says why; resume=auto "
+            "goes on from the newest state, and torchrun --max-restarts=3 starts again by itself"
+        ) from error
+    except BaseException:
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def rank() -> int:
