@@ -3,33 +3,17 @@
 `source` may also be a name on the Hugging Face hub, such as facebook/pe-av-large.
 """
 
-import sys
+from pathlib import Path
 
-import hydra
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
-
-from pe_av.config import ConvertConfig, check_overrides, from_dict, stop_on_error
-
-ConfigStore.instance().store(name="convert_schema", node=ConvertConfig)
+from pe_av.config import ConvertConfig
+from pe_av.config_files import run_command
 
 
-@hydra.main(config_path="configs", config_name="convert", version_base="1.3")
-def main(composed: DictConfig) -> None:
+def run(config: ConvertConfig, _: Path) -> None:
     from pe_av.conversion.convert import convert  # after the arguments have been checked: imports torch
 
-    try:
-        config = from_dict(ConvertConfig, OmegaConf.to_container(composed), source="config")
-        convert(config.source, config.target, config.to)
-    except (ValueError, OSError) as error:
-        stop_on_error(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    convert(config.source, config.target, config.to)
 
 
 if __name__ == "__main__":
-    try:
-        check_overrides(ConvertConfig, sys.argv[1:])
-    except ValueError as error:
-        stop_on_error(error)
-    main()
+    run_command(ConvertConfig, "convert", run)

@@ -25,7 +25,8 @@ import torchvision.transforms.v2.functional as VF
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # this checkout, installed or not
 
-from pe_av.config import ModelConfig, load_preset  # noqa: E402
+from pe_av.config import ModelConfig  # noqa: E402
+from pe_av.config_files import load_preset  # noqa: E402
 from pe_av.data.dataset import ClipReader, Collate  # noqa: E402
 from pe_av.data.loader import BatchSampler, Loader  # noqa: E402
 from pe_av.data.manifest import Clip, Manifest  # noqa: E402

@@ -17,7 +17,8 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from pe_av import build_model
-from pe_av.config import LossConfig, OptimConfig, ParallelConfig, load_preset
+from pe_av.config import LossConfig, OptimConfig, ParallelConfig
+from pe_av.config_files import load_preset
 from pe_av.device import pick_device, precision_context
 from pe_av.loss import contrastive_loss
 from pe_av.training.loop import PEAK_FLOPS

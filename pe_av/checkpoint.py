@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import ConfigError, FrameConfig, ModelConfig, load_preset, model_config_yaml, read_model_config
+from .config import ConfigError, FrameConfig, ModelConfig
+from .config_files import load_preset, model_config_yaml, read_model_config
 from .model.frame import PEAudioFrame
 from .model.peav import PEAudioVideo
 

@@ -5,15 +5,8 @@ The defaults of the model's parts are those of the published `large` model. Noth
 """
 
 import difflib
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
-from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
-
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from dataclasses import asdict, dataclass, field, replace
 
 # (left, right) embeddings of each pairing: `logits_<pairing>` has the left ones in its rows (design, section 3)
 PAIRINGS: dict[str, tuple[str, str]] = {
@@ -81,16 +74,16 @@ class TransformerConfig:
     attention_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.num_attention_heads % self.key_value_heads == 0,
             f"num_attention_heads={self.num_attention_heads} is not a multiple of "
             f"num_key_value_heads={self.num_key_value_heads}: choose a divisor",
         )
-        _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} is odd: rotary embedding turns pairs")
-        _require(0 <= self.attention_dropout < 1, f"attention_dropout={self.attention_dropout} is not in [0, 1)")
-        _one_of("hidden_act", self.hidden_act, ACTIVATIONS)
-        _one_of("rope_type", self.rope_parameters.rope_type, ("default", "linear", "dynamic"))
-        _require(self.rope_parameters.factor >= 1, f"rope factor={self.rope_parameters.factor} is below 1")
+        require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} is odd: rotary embedding turns pairs")
+        require(0 <= self.attention_dropout < 1, f"attention_dropout={self.attention_dropout} is not in [0, 1)")
+        one_of("hidden_act", self.hidden_act, ACTIVATIONS)
+        one_of("rope_type", self.rope_parameters.rope_type, ("default", "linear", "dynamic"))
+        require(self.rope_parameters.factor >= 1, f"rope factor={self.rope_parameters.factor} is below 1")
 
     @property
     def key_value_heads(self) -> int:
@@ -120,20 +113,20 @@ class TextConfig:
     max_tokens: int = 512  # the longest caption that the processor passes on
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.hidden_size % (2 * self.num_attention_heads) == 0,
             f"text hidden_size={self.hidden_size} does not give {self.num_attention_heads} heads of even width",
         )
-        _require(
+        require(
             1 <= self.nth_text_layer <= self.num_hidden_layers,
             f"nth_text_layer={self.nth_text_layer} is not in 1 … num_hidden_layers={self.num_hidden_layers}",
         )
-        _require(
+        require(
             self.max_tokens <= self.max_position_embeddings,
             f"max_tokens={self.max_tokens} is beyond max_position_embeddings={self.max_position_embeddings}",
         )
-        _require(0 <= self.pad_token_id < self.vocab_size, f"pad_token_id={self.pad_token_id} is not in the vocabulary")
-        _one_of("hidden_act", self.hidden_act, ACTIVATIONS)
+        require(0 <= self.pad_token_id < self.vocab_size, f"pad_token_id={self.pad_token_id} is not in the vocabulary")
+        one_of("hidden_act", self.hidden_act, ACTIVATIONS)
 
 
 @dataclass
@@ -174,16 +167,16 @@ class VisionConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.image_size % self.patch_size == 0,
             f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}",
         )
-        _require(
+        require(
             self.hidden_size % (4 * self.num_attention_heads) == 0,
             f"vision hidden_size={self.hidden_size} does not give {self.num_attention_heads} heads of a width "
             "divisible by 4, which 2-D rotary embedding needs",
         )
-        _require(
+        require(
             self.hidden_size % self.pool_heads == 0,
             f"vision hidden_size={self.hidden_size} is not a multiple of pool_heads={self.pool_heads}",
         )
@@ -203,12 +196,12 @@ class VideoConfig:
     frames_per_second: float | None = None  # instead of num_frames: sample at this rate
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.num_frames is None or self.frames_per_second is None,
             "num_frames and frames_per_second are both set: a model samples frames one way; set one to null",
         )
-        _require(self.num_frames is None or self.num_frames >= 1, f"num_frames={self.num_frames} is not positive")
-        _require(
+        require(self.num_frames is None or self.num_frames >= 1, f"num_frames={self.num_frames} is not positive")
+        require(
             self.frames_per_second is None or self.frames_per_second > 0,
             f"frames_per_second={self.frames_per_second} is not positive",
         )
@@ -230,8 +223,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in self.heads:
-            _one_of("heads", name, list(HEADS))
-        _require(len(set(self.heads)) == len(self.heads) > 0, f"heads={self.heads} is empty or names one twice")
+            one_of("heads", name, list(HEADS))
+        require(len(set(self.heads)) == len(self.heads) > 0, f"heads={self.heads} is empty or names one twice")
         parts = {"text": self.text, "audio": self.audio.transformer, "video": self.video.transformer}
         _check_attention(self.attention, parts | {"fusion": self.fusion})
 
@@ -247,10 +240,10 @@ class ModelConfig:
             ConfigError: an unknown part, one that this model does not have, or none whose head would be left.
         """
         for tower in towers:
-            _one_of("towers", tower, TOWERS)
-            _require(tower in self.towers, f"towers={tower}: this model has only {', '.join(self.towers)}")
+            one_of("towers", tower, TOWERS)
+            require(tower in self.towers, f"towers={tower}: this model has only {', '.join(self.towers)}")
         heads = [name for name in self.heads if set(HEADS[name]) <= set(towers)]
-        _require(bool(heads), f"towers={tuple(towers)} leave no embedding; fusion needs audio and video")
+        require(bool(heads), f"towers={tuple(towers)} leave no embedding; fusion needs audio and video")
         return replace(self, heads=heads)
 
 
@@ -313,10 +306,10 @@ class DataConfig:
     cache: str | None = None  # folder of features that python -m pe_av.data.cache has computed
 
     def __post_init__(self) -> None:
-        _require(self.max_seconds > 0, f"data.max_seconds={self.max_seconds} is not positive")
-        _require(self.num_workers >= 0, f"data.num_workers={self.num_workers} is negative")
-        _require(self.time_limit > 0, f"data.time_limit={self.time_limit} is not positive")
-        _require(
+        require(self.max_seconds > 0, f"data.max_seconds={self.max_seconds} is not positive")
+        require(self.num_workers >= 0, f"data.num_workers={self.num_workers} is negative")
+        require(self.time_limit > 0, f"data.time_limit={self.time_limit} is not positive")
+        require(
             self.batch_tokens is None or self.batch_tokens >= 2, f"data.batch_tokens={self.batch_tokens} is below 2"
         )
 
@@ -338,22 +331,22 @@ class Pairing:
     def __post_init__(self) -> None:
         where = f"loss.pairings: {self.name}"
         for side in (self.left, self.right):
-            _require(side in HEADS, f"{where}: there is no embedding {side}{_nearest(side, HEADS)}")
+            require(side in HEADS, f"{where}: there is no embedding {side}{nearest(side, HEADS)}")
         if self.caption is not None:
-            _one_of(f"{where}: caption", self.caption, CAPTIONS)
-            _require(
+            one_of(f"{where}: caption", self.caption, CAPTIONS)
+            require(
                 any("text" in HEADS[side] for side in (self.left, self.right)),
                 f"{where}: caption={self.caption}, but neither {self.left} nor {self.right} is made with text",
             )
-        _require(self.weight >= 0, f"{where}: weight={self.weight} is negative")
+        require(self.weight >= 0, f"{where}: weight={self.weight} is negative")
         if self.logits is None:
             self.logits = next((name for name, sides in PAIRINGS.items() if sides == (self.left, self.right)), None)
-            _require(
+            require(
                 self.logits is not None,
                 f"{where}: {self.left} and {self.right} are none of the pairings that have a scale and a bias: "
                 f"set logits to the one whose it shall use, of {', '.join(PAIRINGS)}",
             )
-        _one_of(f"{where}: logits", self.logits, PAIRINGS)
+        one_of(f"{where}: logits", self.logits, PAIRINGS)
 
     @property
     def embeddings(self) -> tuple[str, str]:
@@ -375,14 +368,14 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         for name, weight in self.weights.items():
-            _one_of("loss.weights", name, PAIRINGS)
-            _require(weight >= 0, f"loss.weights.{name}={weight} is negative")
+            one_of("loss.weights", name, PAIRINGS)
+            require(weight >= 0, f"loss.weights.{name}={weight} is negative")
         names = [pairing.name for pairing in self.pairings]
-        _require(bool(names), "loss.pairings is empty: there is nothing to learn from")
+        require(bool(names), "loss.pairings is empty: there is nothing to learn from")
         twice = next((name for name in names if names.count(name) > 1), None)
-        _require(twice is None, f"loss.pairings: {twice} is the name of two pairings: rename one")
+        require(twice is None, f"loss.pairings: {twice} is the name of two pairings: rename one")
         learned = any(pairing.weight for pairing in self.weighted())
-        _require(learned, "loss.weights: every pairing has weight 0, so nothing would be learned")
+        require(learned, "loss.weights: every pairing has weight 0, so nothing would be learned")
 
     def weighted(self) -> list[Pairing]:
         """The pairings, each with its weight times the factor in `weights`."""
@@ -407,14 +400,14 @@ class OptimConfig:
     ema: float | None = None  # decay of an average of the weights, which is then evaluated and exported
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, f"optim.lr={self.lr} is not positive")
-        _require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} is negative")
-        _require(self.clip_norm > 0, f"optim.clip_norm={self.clip_norm} is not positive")
-        _one_of("optim.schedule", self.schedule, ("cosine", "constant"))
-        _require(0 < self.layer_decay <= 1, f"optim.layer_decay={self.layer_decay} is not in (0, 1]")
-        _require(self.ema is None or 0 < self.ema < 1, f"optim.ema={self.ema} is not between 0 and 1")
-        _require(all(f >= 0 for f in self.lr_scale.values()), f"optim.lr_scale={self.lr_scale}: a factor is negative")
-        _require(
+        require(self.lr > 0, f"optim.lr={self.lr} is not positive")
+        require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} is negative")
+        require(self.clip_norm > 0, f"optim.clip_norm={self.clip_norm} is not positive")
+        one_of("optim.schedule", self.schedule, ("cosine", "constant"))
+        require(0 < self.layer_decay <= 1, f"optim.layer_decay={self.layer_decay} is not in (0, 1]")
+        require(self.ema is None or 0 < self.ema < 1, f"optim.ema={self.ema} is not between 0 and 1")
+        require(all(f >= 0 for f in self.lr_scale.values()), f"optim.lr_scale={self.lr_scale}: a factor is negative")
+        require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), f"optim.betas={self.betas} is not [b1, b2]"
         )
 
@@ -427,8 +420,8 @@ class LoraConfig:
     alpha: float = 16.0  # the change is scaled by alpha / rank
 
     def __post_init__(self) -> None:
-        _require(self.rank >= 0, f"lora.rank={self.rank} is negative")
-        _require(self.alpha > 0, f"lora.alpha={self.alpha} is not positive")
+        require(self.rank >= 0, f"lora.rank={self.rank} is negative")
+        require(self.alpha > 0, f"lora.alpha={self.alpha} is not positive")
 
 
 @dataclass
@@ -442,8 +435,8 @@ class ParallelConfig:
     timeout_minutes: float = 10.0  # a rank that others wait for longer than this is lost
 
     def __post_init__(self) -> None:
-        _one_of("parallel.strategy", self.strategy, ("ddp", "fsdp"))
-        _require(self.timeout_minutes > 0, f"parallel.timeout_minutes={self.timeout_minutes} is not positive")
+        one_of("parallel.strategy", self.strategy, ("ddp", "fsdp"))
+        require(self.timeout_minutes > 0, f"parallel.timeout_minutes={self.timeout_minutes} is not positive")
 
 
 @dataclass
@@ -485,14 +478,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "eval_batch_size", "eval_every", "log_every", "accumulate", "keep_checkpoints"):
-            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} is not positive")
-        _require(self.batch_size >= 2, f"batch_size={self.batch_size}: a contrastive loss needs at least 2")
-        _require(
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} is not positive")
+        require(self.batch_size >= 2, f"batch_size={self.batch_size}: a contrastive loss needs at least 2")
+        require(
             self.micro_batch_size is None or self.micro_batch_size >= 1,
             f"micro_batch_size={self.micro_batch_size} is not positive",
         )
-        _one_of("precision", self.precision, ("auto", "fp32", "bf16"))
-        _require(
+        one_of("precision", self.precision, ("auto", "fp32", "bf16"))
+        require(
             self.checkpoint is None or not any(asdict(self.init).values()),
             "checkpoint and init are both set: a checkpoint fills every tower; leave one out",
         )
@@ -508,8 +501,8 @@ class FrameDemoConfig:
     eval_clips: int = 96
 
     def __post_init__(self) -> None:
-        _require(min(self.train_clips, self.eval_clips) >= 1, "demo: train_clips and eval_clips must be positive")
-        _require(self.seed >= 0, f"demo.seed={self.seed} is negative")
+        require(min(self.train_clips, self.eval_clips) >= 1, "demo: train_clips and eval_clips must be positive")
+        require(self.seed >= 0, f"demo.seed={self.seed} is negative")
 
 
 @dataclass
@@ -530,10 +523,10 @@ class FrameTrainConfig:
     precision: str = "auto"
 
     def __post_init__(self) -> None:
-        _require((self.train is None) == (self.eval is None), "train and eval: give both manifests, or none")
-        _require(self.steps >= 1 and self.log_every >= 1, "steps and log_every must be positive")
-        _require(self.batch_size >= 1, f"batch_size={self.batch_size} is not positive")
-        _one_of("precision", self.precision, ("auto", "fp32", "bf16"))
+        require((self.train is None) == (self.eval is None), "train and eval: give both manifests, or none")
+        require(self.steps >= 1 and self.log_every >= 1, "steps and log_every must be positive")
+        require(self.batch_size >= 1, f"batch_size={self.batch_size} is not positive")
+        one_of("precision", self.precision, ("auto", "fp32", "bf16"))
 
 
 @dataclass
@@ -548,8 +541,8 @@ class EvalConfig:
     max_bad_fraction: float = 0.05  # stop when more of the items than this cannot be read
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= 1, f"batch_size={self.batch_size} is not positive")
-        _one_of("precision", self.precision, ("auto", "fp32", "bf16"))
+        require(self.batch_size >= 1, f"batch_size={self.batch_size} is not positive")
+        one_of("precision", self.precision, ("auto", "fp32", "bf16"))
 
 
 @dataclass
@@ -561,159 +554,31 @@ class ConvertConfig:
     to: str = "native"  # native | hf
 
     def __post_init__(self) -> None:
-        _one_of("to", self.to, ("native", "hf"))
+        one_of("to", self.to, ("native", "hf"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# from YAML and the command line
+# checks
 
 
-def config_dir() -> Path:
-    """Folder of the YAML files: beside the package in a checkout, inside it when installed from a wheel."""
-    inside = Path(__file__).parent / "configs"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
-
-
-def from_dict(schema: type, values: dict[str, Any], source: str) -> Any:
-    """`values` checked against the dataclass `schema` and turned into it.
-
-    Args:
-        source: what to call the origin of the values in an error, e.g. the file's path.
-    Raises:
-        ConfigError: unknown key (the nearest right one is named), wrong type or impossible value.
-    """
-    merged = _merge(schema, values, source)
-    try:
-        return OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: {error.full_key}: {str(error).splitlines()[0]}") from error
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from error
-
-
-def read_yaml(schema: type, path: Path) -> Any:
-    """The YAML file at `path` as the dataclass `schema`."""
-    return from_dict(schema, _read_mapping(path), source=str(path))
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds {type(values).__name__}, not a mapping of settings")
-    return values
-
-
-def read_model_config(path: Path) -> ModelConfig | FrameConfig:
-    """The `config.yaml` of a native checkpoint; which model it is of stands under `architecture`."""
-    values = _read_mapping(path)
-    architecture = values.pop("architecture", None)
-    if architecture not in ARCHITECTURES:
-        raise ConfigError(f"{path}: architecture={architecture} is none of {', '.join(ARCHITECTURES)}")
-    return from_dict(ARCHITECTURES[architecture], values, source=str(path))
-
-
-def model_config_yaml(config: ModelConfig | FrameConfig) -> str:
-    """What `read_model_config` reads."""
-    architecture = next(name for name, schema in ARCHITECTURES.items() if type(config) is schema)
-    return yaml.safe_dump({"architecture": architecture} | asdict(config), sort_keys=False)
-
-
-def model_presets() -> list[str]:
-    return sorted(path.stem for path in (config_dir() / "model").glob("*.yaml"))
-
-
-def load_preset(name: str) -> ModelConfig:
-    """The model of `configs/model/<name>.yaml`, with what that file builds on."""
-    from hydra import compose, initialize_config_dir  # half a second that `import pe_av` need not wait for
-
-    _one_of("model", name, model_presets())
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        composed = compose(f"model/{name}")
-    return from_dict(ModelConfig, OmegaConf.to_container(composed.model), source=f"configs/model/{name}.yaml")
-
-
-def check_overrides(schema: type, arguments: Sequence[str]) -> None:
-    """Refuse a misspelt `key=value` on the command line, naming the nearest right key or group member.
-
-    Raises:
-        ConfigError: for the first argument that names no setting of `schema` and no file of a config group.
-    """
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals or key.startswith("-") or key.split(".")[0] == "hydra":
-            continue
-        key = key.lstrip("+~")
-        group = config_dir() / key.split("@")[0]
-        if group.is_dir():
-            if "," not in value:  # a sweep is Hydra's to check
-                _one_of(key, value, sorted(path.stem for path in group.glob("*.yaml")))
-        else:
-            nested = _nested(key, yaml.safe_load(value))
-            _check_keys(schema, nested, source="command line", prefix="")
-            if "," not in value or value[0] in "[{":  # the values of a sweep are Hydra's to check
-                _merge(schema, nested, source="command line")
-
-
-def stop_on_error(error: Exception) -> None:
-    """End a command with one line instead of a traceback."""
-    sys.exit(f"error: {error}")
-
-
-def _nested(dotted: str, value: Any) -> dict[str, Any]:
-    head, _, rest = dotted.partition(".")
-    return {head: _nested(rest, value) if rest else value}
-
-
-def _merge(schema: type, values: dict[str, Any], source: str) -> DictConfig:
-    _check_keys(schema, values, source, prefix="")
-    try:
-        return OmegaConf.merge(OmegaConf.structured(schema), values)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: {error.full_key}: {str(error).splitlines()[0]}") from error
-
-
-def _check_keys(schema: type, values: dict[str, Any], source: str, prefix: str) -> None:
-    types = get_type_hints(schema)
-    for key, value in values.items():
-        if key not in types:
-            raise ConfigError(f"{source}: unknown setting {prefix}{key}{_nearest(str(key), types, prefix)}")
-        inner = next((t for t in (types[key], *get_args(types[key])) if is_dataclass(t)), None)
-        if inner is None or value is None:
-            continue
-        sections = {f"{prefix}{key}": value}
-        if get_origin(types[key]) is list:
-            if not isinstance(value, list):
-                raise ConfigError(f"{source}: {prefix}{key} is a list of sections, not {value!r}")
-            sections = {f"{prefix}{key}[{i}]": item for i, item in enumerate(value)}
-        for name, section in sections.items():
-            if not isinstance(section, dict):
-                raise ConfigError(f"{source}: {name} is a section of settings, not {section!r}")
-            _check_keys(inner, section, source, prefix=f"{name}.")
-
-
-def _nearest(word: str, known: Sequence[str], prefix: str = "") -> str:
+def nearest(word: str, known: Sequence[str], prefix: str = "") -> str:
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {prefix}{near[0]}?" if near else f"; known are {', '.join(known)}"
 
 
-def _one_of(name: str, value: str, known: Sequence[str]) -> None:
-    _require(value in known, f"{name}={value} is unknown{_nearest(str(value), known)}")
+def one_of(name: str, value: str, known: Sequence[str]) -> None:
+    require(value in known, f"{name}={value} is unknown{nearest(str(value), known)}")
 
 
 def _check_attention(attention: str, parts: dict[str, TransformerConfig | TextConfig]) -> None:
-    _one_of("attention", attention, ATTENTIONS)
+    one_of("attention", attention, ATTENTIONS)
     for name, part in parts.items():
-        _require(
+        require(
             attention != "flex" or part.attention_dropout == 0,
             f"{name}: attention_dropout={part.attention_dropout} needs attention=sdpa or eager; flex has none",
         )
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)

@@ -49,7 +49,8 @@ import pe_av.checkpoint
 import pe_av.conversion.convert
 from pe_av import PEAudioFrame, PEAudioVideo, Processor, build_model, load_model, save_model
 from pe_av.checkpoint import CheckpointError
-from pe_av.config import HEADS, ConfigError, ConvertConfig, FrameConfig, check_overrides, from_dict
+from pe_av.config import HEADS, ConfigError, ConvertConfig, FrameConfig
+from pe_av.config_files import check_overrides, from_dict
 from pe_av.conversion.convert import convert
 
 ROOT = Path(__file__).parent.parent

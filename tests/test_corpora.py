@@ -15,7 +15,8 @@ from test_media import noise, write_frames, write_wav
 from test_processor import make_config, make_tokenizer
 
 from pe_av import build_model
-from pe_av.config import ConfigError, DataConfig, StampsConfig, config_dir, read_yaml
+from pe_av.config import ConfigError, DataConfig, StampsConfig
+from pe_av.config_files import config_dir, read_yaml
 from pe_av.data.cache import CachedReader, FeatureCache, write_cache
 from pe_av.data.dataset import ClipReader, Collate
 from pe_av.data.loader import BatchSampler, Loader

@@ -10,7 +10,8 @@ from conftest import random_batch, randomize, relative_error, small_config
 from torch import Tensor
 from transformers import PeAudioVideoModel
 
-from pe_av.config import PAIRINGS, ConfigError, LossConfig, Pairing, config_dir, from_dict, read_yaml
+from pe_av.config import PAIRINGS, ConfigError, LossConfig, Pairing
+from pe_av.config_files import config_dir, from_dict, read_yaml
 from pe_av.loss import contrastive_loss, sigmoid_loss
 from pe_av.model.heads import PairLogits
 from pe_av.model.peav import PEAudioVideo

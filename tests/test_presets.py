@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PeAudioVideoConfig, PeAudioVideoModel
 
 from pe_av.checkpoint import build_model
-from pe_av.config import VisionConfig, config_dir, load_preset, model_presets, read_yaml
+from pe_av.config import VisionConfig
+from pe_av.config_files import config_dir, load_preset, model_presets, read_yaml
 from pe_av.model.peav import PEAudioVideo
 from pe_av.model.vit import VisionTransformer
 

@@ -13,16 +13,8 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from pe_av.config import (
-    AudioConfig,
-    CodecConfig,
-    ConfigError,
-    ModelConfig,
-    TextConfig,
-    VideoConfig,
-    VisionConfig,
-    model_config_yaml,
-)
+from pe_av.config import AudioConfig, CodecConfig, ConfigError, ModelConfig, TextConfig, VideoConfig, VisionConfig
+from pe_av.config_files import model_config_yaml
 from pe_av.data.dataset import ClipReader, Collate
 from pe_av.data.manifest import Clip
 from pe_av.data.media import MediaError, read_audio, read_frames

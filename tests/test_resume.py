@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 import pe_av.training.loop
 from pe_av import load_model
-from pe_av.config import ConfigError, TrainConfig, config_dir, from_dict
+from pe_av.config import ConfigError, TrainConfig
+from pe_av.config_files import config_dir, from_dict
 from pe_av.loss import LossOutput, contrastive_loss
 from pe_av.training.loop import MOST_SKIPPED, Run
 

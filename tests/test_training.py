@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pe_av import Processor, load_model
-from pe_av.config import ConfigError, Pairing, TrainConfig, config_dir, from_dict
+from pe_av.config import ConfigError, Pairing, TrainConfig
+from pe_av.config_files import config_dir, from_dict
 from pe_av.data.dataset import BadItems
 from pe_av.data.manifest import read_manifest
 from pe_av.data.tokenizer import train_tokenizer

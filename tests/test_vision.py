@@ -9,7 +9,8 @@ from conftest import in_double, randomize, relative_error, small_config
 from published_names import from_timm
 from torch import nn
 
-from pe_av.config import VisionConfig, config_dir, read_yaml
+from pe_av.config import VisionConfig
+from pe_av.config_files import config_dir, read_yaml
 from pe_av.model.vit import VisionTransformer
 
 

@@ -26,7 +26,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, build_model, open_weights
-from ..config import FrameConfig, ModelConfig, model_config_yaml, read_model_config
+from ..config import FrameConfig, ModelConfig
+from ..config_files import model_config_yaml, read_model_config
 from ..data.tokenizer import read_tokenizer
 from .names import HF, HF_AUDIO, HF_FRAME, HF_VIDEO, ORIGINAL, ORIGINAL_FRAME, Stored, Table, renamed, same, stored
 from .published import hf_files, hf_model_config, read_published_config

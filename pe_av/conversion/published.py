@@ -21,10 +21,8 @@ from ..config import (
     TextConfig,
     TransformerConfig,
     VisionConfig,
-    config_dir,
-    from_dict,
-    read_yaml,
 )
+from ..config_files import config_dir, from_dict, read_yaml
 
 Section = dict[str, Any]
 

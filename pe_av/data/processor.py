@@ -20,7 +20,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from pe_av.config import FrameConfig, ModelConfig, read_model_config
+from pe_av.config import FrameConfig, ModelConfig
+from pe_av.config_files import read_model_config
 from pe_av.data.media import CHUNK, MediaError, check_part, iter_frames, read_audio, spread_indices
 from pe_av.data.tokenizer import read_tokenizer
 from pe_av.model.video import scale_frames

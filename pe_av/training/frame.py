@@ -4,20 +4,15 @@ With no data given it renders a small world of sounds and learns to find the one
 """
 
 import json
-import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 import torch.nn.functional as F
 import yaml
-from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
 from matplotlib.figure import Figure
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -25,7 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from ..checkpoint import build_model, load_model, save_model
-from ..config import ConfigError, FrameTrainConfig, check_overrides, config_dir, from_dict, stop_on_error
+from ..config import ConfigError, FrameTrainConfig
+from ..config_files import run_command
 from ..data.dataset import to_device
 from ..data.frame_demo import prepare_frame_demo
 from ..data.processor import Processor
@@ -222,23 +218,5 @@ def _lines(manifest: Path) -> list[dict[str, Any]]:
     return lines
 
 
-ConfigStore.instance().store(name="train_frame_schema", node=FrameTrainConfig)
-
-
-@hydra.main(config_path=str(config_dir()), config_name="train_frame", version_base="1.3")
-def main(composed: DictConfig) -> None:
-    try:
-        config = from_dict(FrameTrainConfig, OmegaConf.to_container(composed), source="config")
-        train(config, Path(HydraConfig.get().runtime.output_dir))
-    except (ValueError, OSError) as error:
-        stop_on_error(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    try:
-        check_overrides(FrameTrainConfig, sys.argv[1:])
-    except ValueError as error:
-        stop_on_error(error)
-    main()
+    run_command(FrameTrainConfig, "train_frame", train)
