@@ -161,7 +161,7 @@ def wait(steps: int, workers: int) -> dict[str, float]:
             config = TrainConfig(model=load_preset("tiny"), data=data, steps=steps, eval_every=steps, log_every=steps)
             run = Run(config, Path(folder), torch.device("cpu"))
             run.train()
-            found["in_memory" if in_memory else "decoding"] = run.history[-1]["data_wait"]
+            found["in_memory" if in_memory else "decoding"] = run.log.rows[-1]["data_wait"]
     return found
 
 

@@ -21,7 +21,7 @@ from pe_av.config import LossConfig, OptimConfig, ParallelConfig
 from pe_av.config_files import load_preset
 from pe_av.device import pick_device, precision_context
 from pe_av.loss import contrastive_loss
-from pe_av.training.loop import PEAK_FLOPS
+from pe_av.training.log import PEAK_FLOPS
 from pe_av.training.microbatch import backward
 from pe_av.training.optim import build_optimizer
 from pe_av.training.parallel import clip_gradients, parallelize

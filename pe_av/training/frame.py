@@ -32,8 +32,7 @@ from ..evaluation.report import write_metrics
 from ..model.frame import PEAudioFrame
 from .optim import AveragedWeights, build_optimizer, build_schedule, freeze
 from .parallel import clip_gradients
-
-CALIBRATION_CLIPS = 12
+from .setup import calibrate
 
 
 def frame_loss(
@@ -189,12 +188,8 @@ def _model(config: FrameTrainConfig, manifest: Path, device: torch.device) -> tu
     model: PEAudioFrame = build_model(config.model, device)
     tokenizer = train_tokenizer((line["caption"] for line in _lines(manifest)), config.model.text.vocab_size)
     processor = Processor(config.model, tokenizer)
-    hop = config.model.audio.codec.hop_length
-    second = config.model.audio.codec.sampling_rate // hop * hop
-    heard = [processor.audio_item(manifest.parent / line["path"]) for line in _lines(manifest)[:CALIBRATION_CLIPS]]
-    heard = [waveform[:second] for waveform in heard if len(waveform) >= second]
-    if heard:
-        model.audio.codec.calibrate(torch.stack(heard)[:, None].to(device))
+    waveforms = (processor.audio_item(manifest.parent / line["path"]) for line in _lines(manifest))
+    calibrate(model.audio.codec, waveforms, config.model.audio.codec.sampling_rate, device)
     return model, processor
 
 

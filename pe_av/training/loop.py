@@ -10,10 +10,8 @@ bad_items.jsonl, skipped.jsonl              clips that could not be read, steps 
 import json
 import math
 import random
-import resource
 import signal
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -28,32 +26,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.tensorboard import SummaryWriter
 
-from ..checkpoint import build_model, load_model, save_weights
+from ..checkpoint import save_weights
 from ..config import PAIRINGS, ConfigError, TrainConfig
-from ..conversion.warm_start import warm_start
-from ..data.cache import reader_for
-from ..data.dataset import BadItems, ClipReader, Collate, load_into_memory, open_manifest, to_device
-from ..data.loader import BatchSampler, Loader
-from ..data.manifest import Manifest, read_manifest
-from ..data.processor import Processor
-from ..data.tokenizer import read_tokenizer, train_tokenizer
+from ..data.dataset import BadItems, open_manifest, to_device
 from ..device import precision_context
 from ..evaluation.embed import embed_batches
 from ..evaluation.metrics import evaluate_embeddings, public_name
 from ..evaluation.report import plot_losses, plot_similarity, print_table, write_metrics
 from ..loss import contrastive_loss
-from ..model.peav import PEAudioVideo
 from .checkpoints import Checkpointer, damage, load, whole_checkpoints
+from .log import Log, Window, learned, machine_use, summary
 from .lora import add_adapters, merged_state_dict
 from .microbatch import backward
 from .optim import AveragedWeights, build_optimizer, build_schedule, freeze
 from .parallel import clip_gradients, parallelize, rank, world_size
+from .setup import prepare_loaders, prepare_model, watch_loader
 
-CALIBRATION_CLIPS = 12  # clips of which a random codec hears the first second
 MOST_SKIPPED = 10  # steps in a row without a finite loss and gradient, after which a run gives up
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}  # bf16 per second, dense, by name
 
 
 class Stopped(Exception):
@@ -81,18 +71,14 @@ class Run:
         train_clips, eval_clips = (open_manifest(config.data, split) for split in ("train", "eval"))
         bad_items = self.folder / ("bad_items.jsonl" if rank() == 0 else f"bad_items-{rank()}.jsonl")
         self.bad = BadItems(bad_items, len(train_clips) + len(eval_clips), config.max_bad_fraction)
-        self.model, self.processor = self._model(train_clips)
+        self.model, self.processor = prepare_model(config, train_clips, device, self.console)
         counts = self.model.parameter_counts()
         listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         self.console.print(f"{sum(counts.values()):,} parameters: {listed}", soft_wrap=True)
-        self.train_loader, self.eval_loader = self._loaders(train_clips, eval_clips)
-        self.watch_loader, self.watched = None, []
-        if config.watch is not None:
-            watched = read_manifest(config.watch)
-            sampler = BatchSampler(len(watched), config.eval_batch_size)
-            reader = ClipReader(self.processor, config.data.max_seconds)
-            workers, limit = config.data.num_workers, config.data.time_limit
-            self.watch_loader = Loader(watched, reader, sampler, Collate(self.processor), workers, limit)
+        self.train_loader, self.eval_loader = prepare_loaders(
+            config, self.model, self.processor, device, train_clips, eval_clips, self.bad
+        )
+        self.watch_loader, self.watched = watch_loader(config, self.processor), []
 
         freeze(self.model, config.optim.freeze)
         if config.lora.rank:
@@ -105,7 +91,6 @@ class Run:
 
         self.step, self.skipped, self.signal = 0, 0, 0
         self.clip_flops: float | None = None  # of one clip in one step, counted in the first
-        self.history: list[dict[str, float]] = []
         self.recalls: list[dict[str, Any]] = []
         self.checkpointer = Checkpointer(self.folder / "state", config.keep_checkpoints)
         self._resume()
@@ -115,10 +100,7 @@ class Run:
         resolved = asdict(config) | {"model": asdict(self.model.config)}
         if rank() == 0:
             (self.folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
-        self.board = SummaryWriter(str(self.folder / "tensorboard")) if rank() == 0 else None
-        self.wandb = None
-        if config.wandb_project is not None and rank() == 0:
-            self.wandb = _start_wandb(config.wandb_project, self.folder, resolved)
+        self.log = Log(self.folder, self.step, config.wandb_project, resolved)
 
     def train(self) -> dict[str, dict[str, float]]:
         """All the steps. SIGINT and SIGTERM save what has been learned and leave; a second SIGINT leaves at once.
@@ -144,10 +126,10 @@ class Run:
                     self.step += 1
                     last = self.step == config.steps
                     if self.step % config.log_every == 0 or last:
-                        row = self._log(window)
-                        progress.update(task, completed=self.step, line=self._line(row))
+                        line = summary(self._log(window), self.pairings)
+                        progress.update(task, completed=self.step, line=line)
                         if not self.console.is_terminal:
-                            self.console.print(f"step {self.step}/{config.steps}  {self._line(row)}", soft_wrap=True)
+                            self.console.print(f"step {self.step}/{config.steps}  {line}", soft_wrap=True)
                         window = Window()
                     if number := self._any_rank(self.signal):
                         self.save()
@@ -185,9 +167,9 @@ class Run:
         self.recalls.append({"step": self.step, "R@1": recalls})
         if rank() == 0:
             write_metrics(self.folder / "metrics.json", metrics, step=self.step, bad_items=len(self.bad.reasons))
-            plot_losses(self.history, self.folder / "loss.png", self.recalls)
+            plot_losses(self.log.rows, self.folder / "loss.png", self.recalls)
             plot_similarity(embeds, self.folder / "similarity.png")
-            self._watch({f"R@1/{direction}": value for direction, value in recalls.items()})
+        self.log.show(self.step, {f"R@1/{direction}": value for direction, value in recalls.items()})
         shown = "  ".join(f"{name} {value:.1f}" for name, value in list(recalls.items())[:6])
         self.console.print(f"step {self.step}  R@1 in percent: {shown}", soft_wrap=True)
         return metrics
@@ -202,7 +184,7 @@ class Run:
         self.watched.append({"step": self.step, "R@1": recalls})
         if rank() == 0:
             write_metrics(self.folder / "watch.json", {"evaluations": self.watched})
-            self._watch({f"watch/{direction}": value for direction, value in recalls.items()})
+        self.log.show(self.step, {f"watch/{direction}": value for direction, value in recalls.items()})
         changes = {name: value - self.watched[0]["R@1"][name] for name, value in recalls.items()}
         shown = "  ".join(f"{name} {recalls[name]:.1f} ({changes[name]:+.1f})" for name in list(recalls)[:6])
         self.console.print(f"step {self.step}  watched, and since the start: {shown}", soft_wrap=True)
@@ -297,31 +279,12 @@ class Run:
                 f"{self.folder / 'checkpoint'}, the last good state in {self.folder / 'state'}"
             )
 
-    def _log(self, window: "Window") -> dict[str, float]:
-        """Means over the last steps, and what they took, into the history, `history.jsonl` and TensorBoard."""
-        row = {"step": self.step, **window.means(), "lr": self.schedule.get_last_lr()[0], **window.speed()}
-        for name, pair in self.model.logits.items():
-            row |= {f"{name}_scale": pair.scale.item(), f"{name}_bias": pair.bias.item()}
-        if self.device.type == "cuda":
-            row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            peak = next((flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)
-            if peak is not None:  # of what was computed, recomputation included
-                row["flop_utilization"] = self.clip_flops * row["clips_per_second"] / world_size() / peak
-        else:
-            row["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        self.history.append(row)
-        if rank() == 0:
-            with (self.folder / "history.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            self._watch(row)
-        return row
-
-    def _watch(self, row: dict[str, float]) -> None:
-        for name, value in row.items():
-            if name != "step":
-                self.board.add_scalar(name, value, self.step)
-        if self.wandb is not None:
-            self.wandb.log(row, step=self.step)
+    def _log(self, window: Window) -> dict[str, float]:
+        """Means over the last steps, and what they took."""
+        speed = window.speed()
+        use = machine_use(self.device, self.clip_flops, speed["clips_per_second"])
+        rate = {"lr": self.schedule.get_last_lr()[0]}
+        return self.log.add(self.step, window.means() | rate | speed | learned(self.model.logits) | use)
 
     def _batches(self) -> Iterator[dict[str, Any]]:
         """Shuffled batches without end; items that cannot be used are listed and left out."""
@@ -352,16 +315,6 @@ class Run:
             self.schedule.load_state_dict(progress["schedule"])
             self.train_loader.load_state_dict(progress["data"])
             self.console.print(f"resumed at step {self.step} from {found}", soft_wrap=True)
-        self._cut_history()
-
-    def _cut_history(self) -> None:
-        """Forget what was logged after the step that the run goes on from; a kill may have torn the last line."""
-        path = self.folder / "history.jsonl"
-        if path.is_file():
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            self.history = [row for row in rows if row["step"] <= self.step]
-            if rank() == 0:
-                path.write_text("".join(json.dumps(row) + "\n" for row in self.history), encoding="utf-8")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal == signal.SIGINT == number:
@@ -377,122 +330,15 @@ class Run:
         dist.all_reduce(shared, dist.ReduceOp.MAX)
         return int(shared)
 
-    def _model(self, train_clips: Manifest) -> tuple[PEAudioVideo, Processor]:
-        """From the checkpoint, or with random weights and a tokenizer made from the captions."""
-        config = self.config
-        if config.checkpoint is not None:
-            model = load_model(config.checkpoint, self.device)
-            if not isinstance(model, PEAudioVideo):
-                raise ConfigError(f"{config.checkpoint} is a PEAudioFrame: python -m pe_av.training.frame trains it")
-            return model.float().train(), Processor.from_pretrained(config.checkpoint)
-        model = build_model(config.model, self.device).train()
-        for line in warm_start(model, config.init):
-            self.console.print(line, soft_wrap=True)
-        if config.init.text is not None:
-            tokenizer = read_tokenizer(config.init.text)
-        else:
-            tokenizer = train_tokenizer(train_clips.texts(), config.model.text.vocab_size)
-        processor = Processor(config.model, tokenizer)
-        if not config.model.audio.codec.trainable and config.init.codec is None:
-            self._calibrate_codec(model, processor, train_clips)
-        return model, processor
-
-    def _calibrate_codec(self, model: PEAudioVideo, processor: Processor, clips: Manifest) -> None:
-        """A random codec stays as it starts, so it starts with its channels scaled to the sounds that are there."""
-        codec = model.audio.codec
-        second = model.config.audio.codec.sampling_rate // codec.hop_length * codec.hop_length
-        heard = []
-        for item in map(ClipReader(processor, self.config.data.max_seconds), clips):
-            if "waveform" in item and len(item["waveform"]) >= second:
-                heard.append(item["waveform"][:second])
-            if len(heard) == CALIBRATION_CLIPS:
-                break
-        if heard:
-            codec.calibrate(torch.stack(heard)[:, None].to(self.device))
-
-    def _loaders(self, train_clips: Manifest, eval_clips: Manifest) -> tuple[Loader, Loader]:
-        config, data = self.config, self.config.data
-        kinds = tuple(dict.fromkeys(pairing.caption for pairing in config.loss.pairings if pairing.weight))
-        train = BatchSampler(
-            len(train_clips),
-            config.batch_size // world_size(),
-            shuffle=True,
-            seed=config.seed,
-            lengths=train_clips.lengths(data.max_seconds),
-            parts=train_clips.parts(),
-            max_tokens=data.batch_tokens,
-            rank=rank(),
-            world=world_size(),
-        )
-        evaluation = BatchSampler(len(eval_clips), config.eval_batch_size)
-        loaders = []
-        for title, clips, sampler in (("training", train_clips, train), ("evaluation", eval_clips, evaluation)):
-            read: Callable[[Any], dict[str, Any]] = reader_for(data, self.model, self.processor)
-            items: Sequence[Any] = clips
-            workers = data.num_workers
-            if data.in_memory:
-                encode = codec_encoder(self.model, self.device)
-                title = f"reading the {title} clips"
-                items = load_into_memory(clips, read, workers, encode, title, data.time_limit)
-                self.bad.add(item for item in items if "error" in item)
-                read, workers = dict, 0
-            collate = Collate(self.processor, kinds if sampler is train else (None,))
-            pin = self.device.type == "cuda"
-            loaders.append(Loader(items, read, sampler, collate, workers, data.time_limit, pin))
-        return loaders[0], loaders[1]
-
-    def _line(self, row: dict[str, float]) -> str:
-        """loss 12.3 = a·t 2.1 …  830 clips/s"""
-        parts = " ".join(f"{_short(p.left, p.right, p.caption)} {row[f'{p.name}_loss']:.2f}" for p in self.pairings)
-        return f"loss {row['loss']:.2f} = {parts}  {row['clips_per_second']:.0f} clips/s"
-
     def _progress(self) -> Progress:
         columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[line]}"))
         return Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-
-
-class Window:
-    """The steps since the last line of the log: means of what they gave, and where their time went."""
-
-    def __init__(self):
-        self.rows: list[dict[str, Tensor]] = []
-        self.clips, self.waited = 0, 0.0
-        self.started = time.perf_counter()
-
-    def timed(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
-        """The next batch; the time until it is there counts as waiting."""
-        start = time.perf_counter()
-        batch = next(batches)
-        self.waited += time.perf_counter() - start
-        return batch
-
-    def add(self, row: dict[str, Tensor], clips: int) -> None:
-        self.rows.append(row)
-        self.clips += clips
-
-    def restart(self) -> None:
-        """Measure the speed from here on: an evaluation is not the steps' time."""
-        self.clips, self.waited, self.started = 0, 0.0, time.perf_counter()
-
-    def means(self) -> dict[str, float]:
-        return {key: torch.stack([row[key] for row in self.rows]).float().mean().item() for key in self.rows[0]}
-
-    def speed(self) -> dict[str, float]:
-        seconds = time.perf_counter() - self.started
-        return {"clips_per_second": self.clips / seconds, "data_wait": self.waited / seconds}
 
 
 def seed_everything(seed: int) -> None:
     """All ranks start from the same weights; they differ in their data alone."""
     random.seed(seed)
     torch.manual_seed(seed)
-
-
-def codec_encoder(model: PEAudioVideo, device: torch.device) -> Callable[[Tensor], Tensor] | None:
-    """What to replace waveforms with when clips are kept in memory: a frozen codec's features, else nothing."""
-    if model.config.audio.codec.trainable:
-        return None
-    return lambda waveform: model.audio.encode(waveform.to(device))[0].cpu()
 
 
 def split_batch(batch: dict[str, Any], rows: int | None) -> list[dict[str, Any]]:
@@ -525,11 +371,3 @@ def _short(left: str, right: str, caption: str | None) -> str:
     sides = (public_name(side).replace("_", "+").split("+") for side in (left, right))
     short = "·".join("+".join(word[0] for word in side) for side in sides)
     return short if caption is None else f"{short}@{''.join(word[0] for word in caption.split('_'))}"
-
-
-def _start_wandb(project: str, folder: Path, settings: dict[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise ConfigError(f"wandb_project={project} needs Weights & Biases: pip install wandb, or unset it") from None
-    return wandb.init(project=project, dir=str(folder), name=folder.name, config=settings)
