@@ -4,113 +4,23 @@ Padding is where transformers 5.23 goes wrong (its codec runs over it), and so d
 `tie_last_hidden_states=False` restores what the original does.
 """
 
-from dataclasses import asdict, replace
-
 import pytest
 import torch
-from conftest import in_double, random_batch, randomize, relative_error, small_config
+from conftest import in_double, random_batch, relative_error
+from published_models import EMBEDDINGS, LOGITS, hf_model, shape_one
 from published_names import from_transformers
 from torch import Tensor, nn
-from transformers import PeAudioVideoConfig, PeAudioVideoModel
+from transformers import PeAudioVideoModel
 
-from pe_av.config import ModelConfig, TransformerConfig
+from pe_av.config import ModelConfig
 from pe_av.model.peav import PEAudioVideo
-
-EMBEDDINGS = ("audio", "video", "audio_video", "text_audio", "text_video", "text_audio_video")
-EMBEDDINGS += ("audio_plus_text", "video_plus_text")
-LOGITS = ("audio_text", "video_text", "audio_video", "audio_video_text", "audio_plus_text_video")
-LOGITS += ("video_plus_text_audio",)
-
-
-def config_for_both() -> ModelConfig:
-    """transformers puts the shared space where the text's width is, and reads the last text layer."""
-    config = small_config()
-    text = replace(config.text, nth_text_layer=config.text.num_hidden_layers)
-    # it projects the video to the audio's width and then expects the video's own, so the two must be the same
-    video = replace(config.video.transformer, hidden_size=config.audio.transformer.hidden_size)
-    vision = replace(config.video.vision, intermediate_size=4 * config.video.vision.hidden_size)
-    return replace(
-        config,
-        text=text,
-        video=replace(config.video, transformer=video, vision=vision),
-        output_dim=text.hidden_size,
-    )
-
-
-def temporal(config: TransformerConfig) -> dict[str, object]:
-    values = asdict(config)
-    values["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_parameters.rope_theta}
-    return values
-
-
-def reference(config: ModelConfig) -> PeAudioVideoModel:
-    text, codec, vision = config.text, config.audio.codec, config.video.vision
-    grid = vision.image_size // vision.patch_size
-    text_config = {
-        "model_type": "modernbert",
-        "vocab_size": text.vocab_size,
-        "hidden_size": text.hidden_size,
-        "intermediate_size": text.intermediate_size,
-        "num_hidden_layers": text.num_hidden_layers,
-        "num_attention_heads": text.num_attention_heads,
-        "local_attention": text.local_attention,
-        "max_position_embeddings": text.max_position_embeddings,
-        "pad_token_id": text.pad_token_id,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "tie_last_hidden_states": False,
-    }
-    dac_config = {
-        "model_type": "dac",
-        "encoder_hidden_size": codec.encoder_hidden_size,
-        "downsampling_ratios": codec.downsampling_ratios,
-        "codebook_dim": codec.codebook_dim,
-        "hidden_size": codec.encoder_hidden_size * 2 ** len(codec.downsampling_ratios),
-    }
-    vision_config = {
-        "model_type": "timm_wrapper",
-        "architecture": "vit_pe_core_large_patch14_336",
-        "num_labels": vision.output_dim,
-        "model_args": {
-            "img_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "embed_dim": vision.hidden_size,
-            "depth": vision.num_hidden_layers,
-            "num_heads": vision.num_attention_heads,
-            "attn_pool_num_heads": vision.pool_heads,
-            "ref_feat_shape": (grid, grid),
-        },
-    }
-    model = PeAudioVideoModel(
-        PeAudioVideoConfig(
-            text_config=text_config,
-            audio_video_config={
-                **temporal(config.fusion),
-                "audio_config": {
-                    "model_type": "pe_audio_encoder",
-                    **temporal(config.audio.transformer),
-                    "dac_config": dac_config,
-                },
-                "video_config": {
-                    "model_type": "pe_video_encoder",
-                    **temporal(config.video.transformer),
-                    "vision_config": vision_config,
-                },
-            },
-            attn_implementation="eager",
-        )
-    )
-    randomize(model)
-    nn.init.zeros_(model.video_model.video_encoder.embedder.vision_model.timm_model.head.bias)
-    return model.double().eval()
 
 
 @pytest.fixture(scope="module")
 def models() -> tuple[PEAudioVideo, PeAudioVideoModel]:
     """Both in float64, since random weights amplify the codec's rounding."""
-    config = config_for_both()
-    theirs = reference(config)
-    ours = PEAudioVideo(config)
+    theirs = hf_model("one").double()
+    ours = PEAudioVideo(shape_one())
     ours.load_state_dict(from_transformers(dict(theirs.named_parameters())))
     return ours.double().eval(), theirs
 

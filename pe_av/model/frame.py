@@ -9,6 +9,7 @@ from ..config import FrameConfig
 from .build import build_audio, build_text, init_linear
 from .features import Features, audio_features, codec_to_features, text_features
 from .heads import ContrastiveHead, PairLogits
+from .transformer import use_attention
 
 
 @dataclass
@@ -101,9 +102,7 @@ class PEAudioFrame(nn.Module):
     def set_attention(self, implementation: str) -> None:
         """Compute attention by "eager", "sdpa" or "flex" from now on; the weights stay."""
         self.config = replace(self.config, attention=implementation)
-        for module in self.modules():
-            if hasattr(module, "implementation"):
-                module.implementation = implementation
+        use_attention(self, implementation)
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters of each part."""

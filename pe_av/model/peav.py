@@ -19,7 +19,7 @@ from .features import (
 )
 from .heads import ContrastiveHead, PairLogits
 from .text import TextBlock
-from .transformer import Block
+from .transformer import Block, use_attention
 from .vit import VisionBlock
 
 
@@ -292,9 +292,7 @@ class PEAudioVideo(nn.Module):
     def set_attention(self, implementation: str) -> None:
         """Compute attention by "eager", "sdpa" or "flex" from now on; the weights stay."""
         self.config = replace(self.config, attention=implementation)  # which refuses what cannot be
-        for module in self.modules():
-            if hasattr(module, "implementation"):
-                module.implementation = implementation
+        use_attention(self, implementation)
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters of each part, as the meta device can also tell."""

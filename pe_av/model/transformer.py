@@ -51,6 +51,13 @@ def attend(
     return weights @ v, weights
 
 
+def use_attention(model: nn.Module, implementation: str) -> None:
+    """Let every attention in `model` be computed by "eager", "sdpa" or "flex" from now on."""
+    for module in model.modules():
+        if hasattr(module, "implementation"):
+            module.implementation = implementation
+
+
 def rotate_pairs(x: Tensor, angles: Tensor) -> Tensor:
     """Turn adjacent pairs of (B, H, T, d) by `angles` (B or 1, T, d/2), in float32."""
     even, odd = rearrange(x.float(), "b h t (d two) -> two b h t d", two=2)
