@@ -78,13 +78,12 @@ def measure(preset: str, form: ParallelConfig, device: torch.device, most: int, 
     row = {"clips": clips, "seconds": seconds, "clips_per_second": clips / seconds}
     if device.type == "cuda":
         row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        if not form.compile:  # the counter sees no compiled kernels
-            with FlopCounterMode(display=False) as counter:
-                step(clips)
-            name = torch.cuda.get_device_name()
-            peak = next((flops for chip, flops in PEAK_FLOPS.items() if chip in name), None)
-            if peak is not None:  # recomputation included
-                row["flop_utilization"] = counter.get_total_flops() / seconds / peak
+        name = torch.cuda.get_device_name()
+        peak = next((flops for chip, flops in PEAK_FLOPS.items() if chip in name), None)
+        if peak is not None:  # recomputation included; one clip, since eager blocks may need more memory
+            with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+                step(1)
+            row["flop_utilization"] = clips * counter.get_total_flops() / seconds / peak
     return row
 
 

@@ -190,6 +190,17 @@ def test_recipes_run_and_can_be_loaded(tmp_path: Path, world: list[str], overrid
     assert not any(".adapter." in name for name in load_model(tmp_path / "checkpoint").state_dict())
 
 
+@pytest.mark.slow
+def test_compiled_blocks_learn_the_same_and_are_counted_too(tmp_path: Path, world: list[str]):
+    eager = run(tmp_path / "eager", [*world, "steps=3"])
+    eager.train()
+    compiled = run(tmp_path / "compiled", [*world, "steps=3", "parallel.compile=true"])
+    compiled.train()
+    found, expected = (torch.tensor(losses(tmp_path / name)) for name in ("compiled", "eager"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert compiled.clip_flops == eager.clip_flops > 0
+
+
 @pytest.mark.parametrize("recipe", ["all", "locked", "heads", "lora"])
 def test_fine_tuning_moves_what_its_recipe_says(tmp_path: Path, world: list[str], whole: Path, recipe: str):
     """And watches other clips, here the same ones, from before the first step on."""

@@ -12,7 +12,7 @@ import math
 import random
 import signal
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -224,7 +224,7 @@ class Run:
         logits = {name: (pair.scale, pair.bias) for name, pair in self.model.logits.items()}
         rows: dict[str, Tensor] = {}
         self.optimizer.zero_grad(set_to_none=True)
-        with FlopCounterMode(display=False) if self.clip_flops is None else nullcontext() as flops:
+        with _counting() if self.clip_flops is None else nullcontext() as flops:
             for number, batch in enumerate(batches, start=1):
 
                 def loss_of(
@@ -356,6 +356,13 @@ def split_batch(batch: dict[str, Any], rows: int | None) -> list[dict[str, Any]]
         }
         for start in range(0, total, rows)
     ]
+
+
+@contextmanager
+def _counting() -> Iterator[FlopCounterMode]:
+    """Count operations, of compiled blocks too: inside they run as they are written."""
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as flops:
+        yield flops
 
 
 def _of_rank_0(value: Any) -> Any:
