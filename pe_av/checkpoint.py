@@ -89,7 +89,10 @@ def save_weights(config: ModelConfig | FrameConfig, weights: dict[str, Tensor], 
     path.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
     # written beside and renamed, so that a crash never leaves half a file under the final name
-    save_file(weights, path / f"{WEIGHTS_FILE}.part", metadata={"format": "pt"})
+    try:
+        save_file(weights, path / f"{WEIGHTS_FILE}.part", metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error})") from error
     os.replace(path / f"{WEIGHTS_FILE}.part", path / WEIGHTS_FILE)
     (path / f"{CONFIG_FILE}.part").write_text(model_config_yaml(config), encoding="utf-8")
     os.replace(path / f"{CONFIG_FILE}.part", path / CONFIG_FILE)

@@ -4,6 +4,7 @@ A misspelt key or a wrong type fails here, with the nearest right name, before a
 torch.
 """
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
@@ -127,11 +128,12 @@ def run_command(schema: type, config_name: str, run: Callable[[Any, Path], objec
 
     @hydra.main(config_path=str(config_dir()), config_name=config_name, version_base="1.3")
     def main(composed: DictConfig) -> None:
+        folder = Path(HydraConfig.get().runtime.output_dir)
         try:
-            config = from_dict(schema, OmegaConf.to_container(composed), source="config")
-            run(config, Path(HydraConfig.get().runtime.output_dir))
+            run(from_dict(schema, OmegaConf.to_container(composed), source="config"), folder)
         except (ValueError, OSError) as error:
-            sys.exit(f"error: {error}")
+            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+            sys.exit(f"error: {f'{folder}: ' if full else ''}{error}")
         except KeyboardInterrupt:
             sys.exit(130)
 

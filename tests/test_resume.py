@@ -4,11 +4,14 @@ import json
 import math
 import os
 import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +22,11 @@ from safetensors.torch import load_file
 
 import pe_av.training.loop
 from pe_av import load_model
+from pe_av.checkpoint import CheckpointError
 from pe_av.config import ConfigError, TrainConfig
 from pe_av.config_files import config_dir, from_dict
 from pe_av.loss import LossOutput, contrastive_loss
+from pe_av.training.checkpoints import whole_checkpoints
 from pe_av.training.loop import MOST_SKIPPED, Run
 
 ROOT = Path(__file__).parent.parent
@@ -188,6 +193,32 @@ def test_recipes_run_and_can_be_loaded(tmp_path: Path, world: list[str], overrid
     metrics = run(tmp_path, [*world, "steps=2", *overrides]).train()
     assert metrics["text->audio"]["gallery"] == 4
     assert not any(".adapter." in name for name in load_model(tmp_path / "checkpoint").state_dict())
+
+
+def test_a_disk_without_room_is_seen_before_training(tmp_path: Path, world: list[str], whole: Path, monkeypatch):
+    """The room is what a run in fact writes: one state more than it keeps, and the model twice."""
+    folders = [*(whole / "state").iterdir(), whole / "checkpoint"]
+    *states, model = [sum(file.stat().st_size for file in folder.iterdir()) for folder in folders]
+    written = sum(states) + states[0] + 2 * model
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0.95 * written))
+    with pytest.raises(CheckpointError, match="the disk has 0.2 GB left and the checkpoints need 0.2: make room"):
+        run(tmp_path / "no", [*world, "optim.ema=0.5"])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1.05 * written))
+    run(tmp_path / "yes", [*world, "optim.ema=0.5"])
+
+
+def test_a_disk_that_fills_up_costs_one_line_and_no_older_state(tmp_path: Path, world: list[str]):
+    """A limit on the size of files stands for the full disk: between that of the model and that of its state."""
+    run(tmp_path, [*world, "steps=2"]).train()
+    training = run(tmp_path, [*world, "steps=4", "resume=auto"])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match="step-00000004.part: cannot be written, with .* GB left on the disk"):
+            training.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in whole_checkpoints(tmp_path / "state")] == ["step-00000002"]
 
 
 @pytest.mark.slow

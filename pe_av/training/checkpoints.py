@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
@@ -76,7 +77,15 @@ class Checkpointer:
             return
         future, unfinished, final = self._pending
         self._pending = None
-        future.result()
+        try:
+            future.result()
+        except CheckpointException as error:  # no Exception, and a page of tracebacks
+            first, _ = next(iter(error.failures.values()))
+            free = shutil.disk_usage(self.folder).free / 1e9
+            raise CheckpointError(
+                f"{unfinished}: cannot be written, with {free:.1f} GB left on the disk ({first}); the older states are "
+                "whole: make room, and go on with resume=auto"
+            ) from error
         if self._group is not None:
             dist.barrier(self._group)
         if rank() == 0:
@@ -92,6 +101,28 @@ class Checkpointer:
                 shutil.rmtree(old)
         if self._group is not None:
             dist.barrier(self._group)
+
+
+def check_space(
+    folder: Path, keep: int, model: nn.Module, optimizer: Optimizer, average: AveragedWeights | None
+) -> None:
+    """Refuse a run whose checkpoints the disk has no room for.
+
+    Raises:
+        CheckpointError: it says how much there is and how much there must be.
+    """
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    moments = sum(2 * p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
+    averages = 0 if average is None else sum(a.numel() * a.element_size() for a in average.average.values())
+    there = len(whole_checkpoints(folder / "state", verify=False))
+    # a new state is whole before the oldest goes, and so is the model that is handed on
+    needed = max(keep + 1 - there, 1) * (weights + moments + averages) + 2 * weights
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"{folder}: the disk has {free / 1e9:.1f} GB left and the checkpoints need {needed / 1e9:.1f}: make room, "
+            f"use another hydra.run.dir, or keep fewer than keep_checkpoints={keep}"
+        )
 
 
 def load(path: Path, model: nn.Module, optimizer: Optimizer, average: AveragedWeights | None) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from ..evaluation.embed import embed_batches
 from ..evaluation.metrics import evaluate_embeddings, public_name
 from ..evaluation.report import plot_losses, plot_similarity, print_table, write_metrics
 from ..loss import contrastive_loss
-from .checkpoints import Checkpointer, damage, load, whole_checkpoints
+from .checkpoints import Checkpointer, check_space, damage, load, whole_checkpoints
 from .log import Log, Window, learned, machine_use, summary
 from .lora import add_adapters, merged_state_dict
 from .microbatch import backward
@@ -93,6 +93,7 @@ class Run:
         self.clip_flops: float | None = None  # of one clip in one step, counted in the first
         self.recalls: list[dict[str, Any]] = []
         self.checkpointer = Checkpointer(self.folder / "state", config.keep_checkpoints)
+        check_space(self.folder, config.keep_checkpoints, self.model, self.optimizer, self.average)
         self._resume()
         if config.loss.start_bias and self.step == 0:
             self._start_biases()
