@@ -116,12 +116,56 @@ def test_metrics_equal_torchmetrics(noise: float):
         assert metrics[f"R@{k}"] == pytest.approx(100 * RetrievalHitRate(top_k=k)(**reference).item())
 
 
+@pytest.mark.parametrize("captions_of_a_clip", [1, 5])
+@pytest.mark.parametrize("clips_of_a_caption", [1, 3])
+def test_several_captions_and_shared_ones_equal_torchmetrics(captions_of_a_clip: int, clips_of_a_caption: int):
+    """All true items are true, the first counts, and a caption is in the gallery once. Some clips have fewer."""
+    clips, many = 60, captions_of_a_clip
+    captions = torch.stack([torch.randperm(clips * many // clips_of_a_caption)[:many] for _ in range(clips)])
+    if many > 1:
+        captions[::7, many - 2 :] = -1
+    count = int(captions.max()) + 3  # and two more that are of no clip
+    true = torch.zeros(clips, count + 1, dtype=torch.bool).scatter_(1, captions % (count + 1), True)[:, :-1]
+    media = torch.randn(clips, 24)
+    texts = torch.randn(count, 24) + true.float().T @ media / true.sum(0)[:, None].clamp(min=1)
+    has_sound = torch.arange(clips) % 5 > 0
+    valid = {"audio": has_sound, "text_audio": torch.ones(clips, dtype=torch.bool)}
+    embeds = {"audio": media, "text_audio": torch.full((clips, 24), torch.nan)}  # of single captions: not looked at
+    metrics = evaluate_embeddings(embeds, valid, {"text_audio": texts}, captions)
+    true = true[has_sound]
+    used = true.any(0)
+    scores, true = (media[has_sound] @ texts[used].T), true[:, used]
+    scores = scores - scores.min() + 1  # above 0, because torchmetrics takes what is not for irrelevant
+    for direction, preds, target in (("audio->text", scores, true), ("text->audio", scores.T, true.T)):
+        rows = torch.arange(len(preds))[:, None].expand_as(preds).flatten()
+        reference = {"preds": preds.flatten(), "target": target.flatten(), "indexes": rows}
+        row = metrics[direction]
+        assert (row["queries"], row["gallery"]) == tuple(preds.shape)
+        assert row["MRR"] == pytest.approx(RetrievalMRR()(**reference).item())
+        for k in (1, 5, 10):
+            assert row[f"R@{k}"] == pytest.approx(100 * RetrievalHitRate(top_k=k)(**reference).item())
+        assert row["chance"] == pytest.approx(100 * target.double().mean().item())
+
+
+def test_with_labels_for_captions_recall_is_the_accuracy_of_classifying():
+    labels = torch.arange(200) % 12
+    texts = torch.randn(12, 16)
+    sounds = texts[labels] + 2 * torch.randn(200, 16)
+    embeds = {"audio": sounds, "text_audio": texts[labels]}
+    row = evaluate_embeddings(embeds, None, {"text_audio": texts}, labels[:, None])["audio->text"]
+    for k in (1, 5, 10):
+        expected = top_k_accuracy_score(labels, (sounds @ texts.T).numpy(), k=k, labels=np.arange(12))
+        assert row[f"R@{k}"] == pytest.approx(100 * expected)
+    assert row["gallery"] == 12 and row["chance"] == pytest.approx(100 / 12)
+
+
 def test_metrics_by_hand():
     metrics = retrieval_metrics(torch.tensor([1, 5, 6, 10, 11, 20]), gallery_size=20)
     assert metrics == {
         "R@1": pytest.approx(100 / 6),
         "R@5": pytest.approx(200 / 6),
         "R@10": pytest.approx(400 / 6),
+        "chance": 5.0,
         "MedR": 8.0,
         "MeanR": pytest.approx(53 / 6),
         "MRR": pytest.approx((1 + 1 / 5 + 1 / 6 + 1 / 10 + 1 / 11 + 1 / 20) / 6),
@@ -209,7 +253,7 @@ def test_what_does_not_fit_is_refused():
         retrieval_ranks(torch.randn(3, 4), torch.randn(3, 4), torch.tensor([0, 1, 3]))
     with pytest.raises(ValueError, match="outside 0 … 2"):
         retrieval_ranks(torch.randn(3, 4), torch.randn(3, 4), torch.tensor([0, -1, 2]))
-    with pytest.raises(ValueError, match="one index per query"):
+    with pytest.raises(ValueError, match=r"target \(2,\) is not \(Q,\)"):
         retrieval_ranks(torch.randn(3, 4), torch.randn(3, 4), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="no ranks"):
         retrieval_metrics(torch.empty(0, dtype=torch.int64), 5)

@@ -98,6 +98,7 @@ class Collate:
       the shortest possible placeholder there; what no row has is left out.
     - "texts": kind of caption -> {"input_ids", "attention_mask"}, of the kinds asked for. Kind None is in "inputs" too.
     - "valid": embedding, as "audio" or "text_video@visual" -> (B,) bool, whether the row has what it is made of.
+    - "captions": per row, all captions of the kind that stands for None; none of them if None is not asked for.
     - "caption_keys": kind -> (B,) int64, equal where captions are equal, in every process.
     - "has_audio", "has_video": (B,) bool. "ids": of the rows. "bad": [{"id", "error"}], of what could not be read.
 
@@ -126,8 +127,12 @@ class Collate:
         }
         valid = {name: torch.stack([has[part] for part in HEADS[name] if part in has]).all(0) for name in MEDIA}
         texts, keys = {}, {}
+        captions: list[list[str]] = [[] for _ in rows]
         for kind in self.kinds:
             found = [_caption(item["captions"], kind, pick) for item, pick in rows]
+            if kind is None:
+                kinds = [None if one is None else one[0] for one in found]
+                captions = [item["captions"].get(own, []) for item, own in zip(good, kinds, strict=True)]
             if any(found):
                 texts[kind] = self.processor.batch_text([EMPTY if one is None else one[1] for one in found])
             unique = [-row if one is None else _key(one[1]) for row, one in enumerate(found, 1)]
@@ -138,7 +143,8 @@ class Collate:
                 valid[name if kind is None else f"{name}@{kind}"] = torch.stack([told, *media]).all(0)
         flags = {"has_audio": has["audio"], "has_video": has["video"]}
         inputs |= texts.get(None, {})
-        return batch | flags | {"inputs": inputs, "texts": texts, "valid": valid, "caption_keys": keys}
+        text = {"texts": texts, "captions": captions, "caption_keys": keys}
+        return batch | flags | text | {"inputs": inputs, "valid": valid}
 
     def _sound(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
         features = [item["codec_features"] for item in items if "codec_features" in item]

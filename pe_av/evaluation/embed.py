@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from ..checkpoint import load_model
@@ -30,30 +32,44 @@ class Embedder(nn.Module):
         return self.model.embed(batch["inputs"], batch.get("texts"))
 
 
+@dataclass
+class EmbeddedClips:
+    """Every embedding of N clips, and of the T different captions that they have."""
+
+    embeds: dict[str, Tensor]  # name (`evaluation.metrics.EMBEDDINGS`) -> (N, D) float32 on the CPU
+    valid: dict[str, Tensor]  # name -> (N,) bool, whether the clip has what it is made of; else its row means nothing
+    texts: dict[str, Tensor]  # name, of those that are text alone -> (T, D)
+    captions: Tensor  # (N, M) int64, filled up with -1: which of the texts are each clip's
+    bad: list[dict[str, Any]]  # {"id", "error"} of items of which something could not be read
+
+
 @torch.no_grad()
-def embed_batches(
-    embedder: nn.Module, batches: Iterable[dict[str, Any]], device: torch.device, title: str
-) -> tuple[dict[str, Tensor], dict[str, Tensor], list[dict[str, Any]]]:
-    """Every embedding of every clip, with a progress bar.
+def embed_clips(
+    embedder: nn.Module, batches: Iterable[dict[str, Any]], processor: Processor, device: torch.device, title: str
+) -> EmbeddedClips:
+    """Every clip with its first caption, and then every caption, with a progress bar.
 
     Args:
         embedder: a batch -> name -> (B, D), as `Embedder` is, or is inside of.
         batches: as `data.dataset.Collate` makes them.
-    Returns:
-        name (`evaluation.metrics.EMBEDDINGS`) -> (N, D) float32 on the CPU; name -> (N,) bool, whether the clip has
-        what it is made of (its row means nothing otherwise); and the items of which something could not be read.
     """
     was_training = embedder.training
     embedder.eval()
     parts: list[dict[str, Tensor]] = []
     flags: list[dict[str, Tensor]] = []
-    bad = []
+    bad, number, captions = [], {}, []  # caption -> its row; (N,) rows of each clip's
     for batch in track(batches, title, console=Console(stderr=True), transient=True):
         bad += batch["bad"]
         if batch["inputs"] is not None:
-            embeds = embedder(to_device(batch, device))
-            parts.append({name: value.float().cpu() for name, value in embeds.items()})
+            parts.append(_on_cpu(embedder(to_device(batch, device))))
             flags.append(batch["valid"])
+            for row in batch["captions"]:
+                captions.append(torch.tensor([number.setdefault(text, len(number)) for text in row], dtype=torch.long))
+    size = max((len(flag["audio"]) for flag in flags), default=1)
+    texts = []
+    for start in range(0, len(number), size):
+        tokens = processor.batch_text(list(number)[start : start + size])
+        texts.append(_on_cpu(embedder(to_device({"inputs": {}, "texts": {None: tokens}}, device))))
     embedder.train(was_training)
     widths = {name: value.shape[1] for part in parts for name, value in part.items()}
     # a batch in which no clip has sound, say, has no audio embeddings
@@ -61,8 +77,17 @@ def embed_batches(
         {n: p.get(n, torch.zeros(len(f["audio"]), w)) for n, w in widths.items()}
         for p, f in zip(parts, flags, strict=True)
     ]
-    embeds = {name: torch.cat([part[name] for part in rows]) for name in widths}
-    return embeds, {name: torch.cat([flag[name] for flag in flags]) for name in widths}, bad
+    return EmbeddedClips(
+        embeds={name: torch.cat([part[name] for part in rows]) for name in widths},
+        valid={name: torch.cat([flag[name] for flag in flags]) for name in widths},
+        texts={name: torch.cat([part[name] for part in texts]) for name in (texts[0] if texts else ())},
+        captions=pad_sequence(captions, batch_first=True, padding_value=-1) if captions else torch.empty(0, 0),
+        bad=bad,
+    )
+
+
+def _on_cpu(embeds: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.float().cpu() for name, value in embeds.items()}
 
 
 @torch.no_grad()

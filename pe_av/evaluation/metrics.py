@@ -1,4 +1,9 @@
-"""Zero-shot retrieval: the rank of every query's true item in a gallery, and the recalls that follow from the ranks."""
+"""Zero-shot retrieval: the rank of every query's true item in a gallery, and the recalls that follow from the ranks.
+
+A clip may have several captions, and a caption several clips. A caption stands in the gallery once, every one is a
+query once, and what is found is the first of the true items. So five captions per clip are evaluated as is usual, and
+with labels for captions, R@1 of audio->text is the accuracy of classifying among them.
+"""
 
 import numpy as np
 import torch
@@ -27,12 +32,13 @@ def retrieval_ranks(queries: Tensor, gallery: Tensor, target: Tensor | None = No
     """1-based rank of each query's true item when the gallery is sorted by dot product, ties lost.
 
     Every other item that scores as high as the true one is ranked before it, so that a collapsed model, which gives
-    all items one embedding, gets the last rank and not the first. Two captions that are equal word for word tie too.
+    all items one embedding, gets the last rank and not the first.
 
     Args:
         queries: (Q, D), any floating type and device.
         gallery: (G, D), on the same device.
-        target: (Q,) index of each query's true item in the gallery; None: item i belongs to query i.
+        target: (Q,) index of each query's true item in the gallery, or (Q, M), filled up with -1, of all its true
+            items: the rank is that of the first of them, and the others do not count. None: item i belongs to query i.
         chunk: queries scored at a time; memory grows with chunk × G, never with Q × G.
     Returns:
         (Q,) int64 ranks, 1 … G.
@@ -51,11 +57,15 @@ def retrieval_ranks(queries: Tensor, gallery: Tensor, target: Tensor | None = No
         if len(queries) != len(gallery):
             raise ValueError(f"{len(queries)} queries for {len(gallery)} gallery items need a target for each query")
         target = torch.arange(len(queries))
-    elif target.shape != queries.shape[:1]:
-        raise ValueError(f"target {tuple(target.shape)} is not ({len(queries)},), one index per query")
-    elif len(target) and not 0 <= int(target.min()) <= int(target.max()) < len(gallery):
+    elif target.ndim not in (1, 2) or target.shape[:1] != queries.shape[:1]:
+        raise ValueError(f"target {tuple(target.shape)} is not (Q,) or (Q, M), with Q = {len(queries)} queries")
+    if not len(queries):
+        return torch.empty(0, dtype=torch.int64, device=queries.device)
+    target = target.to(queries.device, torch.int64).reshape(len(queries), -1)
+    some = target.amax(1, keepdim=True)  # a true item of each query
+    if int(some.min()) < 0 or int(some.max()) >= len(gallery) or int(target.min()) < -1:
         raise ValueError(f"target holds {int(target.min())} … {int(target.max())}, outside 0 … {len(gallery) - 1}")
-    target = target.to(queries.device, torch.int64)
+    target = target.where(target >= 0, some)
 
     # float64, because autocast and TF32 leave it alone, and rounding then orders only what is equal to 15 digits
     queries = queries.double()
@@ -65,20 +75,22 @@ def retrieval_ranks(queries: Tensor, gallery: Tensor, target: Tensor | None = No
     for start in range(0, len(queries), chunk):
         rows = slice(start, start + chunk)
         scores = (queries[rows] @ distinct.T)[:, item]  # (chunk, G)
-        true = scores.gather(1, target[rows, None])  # (chunk, 1)
-        ranks[rows] = (scores >= true).sum(1)
+        best = scores.gather(1, target[rows]).amax(1, keepdim=True)
+        scores.scatter_(1, target[rows], -torch.inf)
+        ranks[rows] = 1 + (scores >= best).sum(1)
     return ranks
 
 
-def retrieval_metrics(ranks: Tensor, gallery_size: int) -> dict[str, float | int]:
+def retrieval_metrics(ranks: Tensor, gallery_size: int, true_items: float = 1.0) -> dict[str, float | int]:
     """What is reported about the ranks of one direction.
 
     Args:
         ranks: (Q,) 1-based ranks, at least one.
         gallery_size: items that each query was compared with.
+        true_items: how many of them are right for a query, in the mean.
     Returns:
-        R@1, R@5, R@10 (percent of queries whose item is among the first k), MedR and MeanR (median and mean rank),
-        MRR (mean of 1 / rank), queries and gallery (how many); plain numbers, ready for JSON.
+        R@1, R@5, R@10 (percent of queries whose item is among the first k), chance (R@1 of a guess), MedR and MeanR
+        (median and mean rank), MRR (mean of 1 / rank), queries and gallery (how many); plain numbers, ready for JSON.
     Raises:
         ValueError: no ranks, or one outside 1 … gallery_size.
     """
@@ -89,6 +101,7 @@ def retrieval_metrics(ranks: Tensor, gallery_size: int) -> dict[str, float | int
         raise ValueError(f"ranks {values.min()} … {values.max()} are outside 1 … {gallery_size}, the gallery's size")
     recalls = {f"R@{k}": 100 * float((values <= k).mean()) for k in (1, 5, 10)}
     return recalls | {
+        "chance": 100 * true_items / gallery_size,
         "MedR": float(np.median(values)),
         "MeanR": float(values.mean()),
         "MRR": float((1 / values).mean()),
@@ -98,7 +111,10 @@ def retrieval_metrics(ranks: Tensor, gallery_size: int) -> dict[str, float | int
 
 
 def evaluate_embeddings(
-    embeds: dict[str, Tensor], valid: dict[str, Tensor] | None = None
+    embeds: dict[str, Tensor],
+    valid: dict[str, Tensor] | None = None,
+    texts: dict[str, Tensor] | None = None,
+    captions: Tensor | None = None,
 ) -> dict[str, dict[str, float | int]]:
     """Retrieval in every direction whose two sides are there.
 
@@ -106,6 +122,8 @@ def evaluate_embeddings(
         embeds: (N, D) by name (`EMBEDDINGS`); row i of each belongs to clip i.
         valid: name -> (N,) bool, False where a clip has no such embedding: in a direction only clips that have both
             sides are queries and gallery. None, or not named: all have it.
+        texts: name, of those that are text alone -> (T, D) of every different caption, and
+        captions: (N, M) int64, filled up with -1, which of them are each clip's. None: `embeds` has one text per clip.
     Returns:
         direction, e.g. "text->audio", -> `retrieval_metrics`.
     Raises:
@@ -116,17 +134,36 @@ def evaluate_embeddings(
         raise ValueError(f"unknown embeddings {', '.join(unknown)}; known are {', '.join(EMBEDDINGS)}")
     metrics = {}
     for direction, (query, gallery) in DIRECTIONS.items():
-        if query in embeds and gallery in embeds:
-            sides = embeds[query], embeds[gallery]
-            flags = [valid[name] for name in (query, gallery) if valid and name in valid]
-            if flags:
-                both = torch.stack(flags).all(0)
-                if not both.any():
-                    continue
-                sides = tuple(side[both] for side in sides)
-            try:
-                ranks = retrieval_ranks(*sides)
-            except ValueError as error:
-                raise ValueError(f"{direction}: {error}") from error
-            metrics[direction] = retrieval_metrics(ranks, len(ranks))
+        if query not in embeds or gallery not in embeds:
+            continue
+        rows = torch.ones(len(embeds[query]), dtype=torch.bool)
+        for name in (query, gallery):
+            rows &= valid[name] if valid and name in valid else rows
+        if valid and not rows.any():
+            continue
+        queries, items, target = embeds[query][rows], embeds[gallery][rows], None
+        if texts and query in texts:
+            queries, _, target = _captions(texts[query], captions[rows])
+        elif texts and gallery in texts:
+            items, target, _ = _captions(texts[gallery], captions[rows])
+        try:
+            ranks = retrieval_ranks(queries, items, target)
+        except ValueError as error:
+            raise ValueError(f"{direction}: {error}") from error
+        true_items = 1.0 if target is None else (target >= 0).sum().item() / len(target)
+        metrics[direction] = retrieval_metrics(ranks, len(items), true_items)
     return metrics
+
+
+def _captions(texts: Tensor, captions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The texts that these clips use, (N, M) which of them are each clip's, and (T, M') of which clips each is."""
+    used, target = captions.unique(return_inverse=True)
+    if used[0] < 0:
+        used, target = used[1:], target - 1
+    clip, caption = (target >= 0).nonzero(as_tuple=True)[0], target[target >= 0]
+    order = caption.argsort(stable=True)
+    clip, caption = clip[order], caption[order]
+    counts = caption.bincount(minlength=len(used))
+    clips = torch.full((len(used), int(counts.max())), -1)
+    clips[caption, torch.arange(len(caption)) - (counts.cumsum(0) - counts)[caption]] = clip
+    return texts[used], target, clips

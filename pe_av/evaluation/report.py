@@ -42,7 +42,7 @@ def print_table(metrics: Mapping[str, Mapping[str, float]]) -> None:
             table.add_row(
                 direction,
                 f"{row['R@1']:.1f}",
-                f"{100 / row['gallery']:.2g}",  # R@1 of a guess
+                f"{row['chance']:.2g}",
                 *(f"{row[name]:.1f}" for name in ("R@5", "R@10")),
                 f"{row['MedR']:g}",
                 f"{row['MeanR']:.1f}",

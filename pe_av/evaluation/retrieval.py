@@ -12,7 +12,7 @@ from ..data.loader import BatchSampler, Loader
 from ..data.processor import Processor
 from ..device import pick_device, precision_context
 from ..model.peav import PEAudioVideo
-from .embed import Embedder, embed_batches
+from .embed import Embedder, embed_clips
 from .metrics import evaluate_embeddings
 from .report import plot_similarity, print_table, write_metrics
 
@@ -44,12 +44,12 @@ def evaluate_checkpoint(config: EvalConfig, folder: Path) -> dict[str, dict[str,
     )
     bad = BadItems(folder / "bad_items.jsonl", total=len(clips), max_fraction=config.max_bad_fraction)
     with precision_context(config.precision, device):
-        embeds, valid, unusable = embed_batches(Embedder(model), loader, device, "evaluating")
+        found = embed_clips(Embedder(model), loader, processor, device, "evaluating")
     loader.close()
-    bad.add(unusable)
-    metrics = evaluate_embeddings(embeds, valid)
+    bad.add(found.bad)
+    metrics = evaluate_embeddings(found.embeds, found.valid, found.texts, found.captions)
     write_metrics(folder / "metrics.json", metrics, checkpoint=str(config.checkpoint), bad_items=len(bad.reasons))
-    plot_similarity(embeds, folder / "similarity.png")
+    plot_similarity(found.embeds, folder / "similarity.png")
     print_table(metrics)
     Console(stderr=True).print(f"written to {folder}")
     return metrics

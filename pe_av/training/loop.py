@@ -30,8 +30,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..checkpoint import save_weights
 from ..config import PAIRINGS, ConfigError, TrainConfig
 from ..data.dataset import BadItems, open_manifest, to_device
+from ..data.loader import Loader
 from ..device import precision_context
-from ..evaluation.embed import embed_batches
+from ..evaluation.embed import EmbeddedClips, embed_clips
 from ..evaluation.metrics import evaluate_embeddings, public_name
 from ..evaluation.report import plot_losses, plot_similarity, print_table, write_metrics
 from ..loss import contrastive_loss
@@ -157,19 +158,18 @@ class Run:
         """Retrieval on the evaluation set; writes `metrics.json`, the loss plot and the similarity matrices."""
         if self.average is not None:
             self.average.swap(self.model)
-        with self.autocast:
-            embeds, valid, bad = embed_batches(self.embedder, self.eval_loader, self.device, "evaluating")
+        found = self._embedded(self.eval_loader, "evaluating")
         self._evaluate_watched()
         if self.average is not None:
             self.average.swap(self.model)
-        self.bad.add(bad)
-        metrics = evaluate_embeddings(embeds, valid)
+        self.bad.add(found.bad)
+        metrics = evaluate_embeddings(found.embeds, found.valid, found.texts, found.captions)
         recalls = {direction: row["R@1"] for direction, row in metrics.items()}
         self.recalls.append({"step": self.step, "R@1": recalls})
         if rank() == 0:
             write_metrics(self.folder / "metrics.json", metrics, step=self.step, bad_items=len(self.bad.reasons))
             plot_losses(self.log.rows, self.folder / "loss.png", self.recalls)
-            plot_similarity(embeds, self.folder / "similarity.png")
+            plot_similarity(found.embeds, self.folder / "similarity.png")
         self.log.show(self.step, {f"R@1/{direction}": value for direction, value in recalls.items()})
         shown = "  ".join(f"{name} {value:.1f}" for name, value in list(recalls.items())[:6])
         self.console.print(f"step {self.step}  R@1 in percent: {shown}", soft_wrap=True)
@@ -179,9 +179,9 @@ class Run:
         """The same on the clips of `watch`, beside what it was at the start, before anything could be forgotten."""
         if self.watch_loader is None:
             return
-        with self.autocast:
-            embeds, valid, _ = embed_batches(self.embedder, self.watch_loader, self.device, "watching")
-        recalls = {direction: row["R@1"] for direction, row in evaluate_embeddings(embeds, valid).items()}
+        found = self._embedded(self.watch_loader, "watching")
+        metrics = evaluate_embeddings(found.embeds, found.valid, found.texts, found.captions)
+        recalls = {direction: row["R@1"] for direction, row in metrics.items()}
         self.watched.append({"step": self.step, "R@1": recalls})
         if rank() == 0:
             write_metrics(self.folder / "watch.json", {"evaluations": self.watched})
@@ -190,11 +190,14 @@ class Run:
         shown = "  ".join(f"{name} {recalls[name]:.1f} ({changes[name]:+.1f})" for name in list(recalls)[:6])
         self.console.print(f"step {self.step}  watched, and since the start: {shown}", soft_wrap=True)
 
+    def _embedded(self, loader: Loader, title: str) -> EmbeddedClips:
+        with self.autocast:
+            return embed_clips(self.embedder, loader, self.processor, self.device, title)
+
     @torch.no_grad()
     def _start_biases(self) -> None:
         """b = −log(N − 1) − s · mean of x·y over pairs that do not belong together, of each pairing."""
-        with self.autocast:
-            embeds, _, _ = embed_batches(self.embedder, self.eval_loader, self.device, "measuring")
+        embeds = self._embedded(self.eval_loader, "measuring").embeds
         for name, (left, right) in PAIRINGS.items():
             if name in self.model.logits and left in embeds and right in embeds and len(embeds[left]) > 1:
                 similarity, pair = embeds[left] @ embeds[right].T, self.model.logits[name]
@@ -217,6 +220,7 @@ class Run:
             "data": self.train_loader.state_dict(),
             "recalls": self.recalls,
             "watched": self.watched,
+            "clip_flops": self.clip_flops,
         }
         self.checkpointer.save(self.step, self.model, self.optimizer, self.average, progress)
 
@@ -313,6 +317,8 @@ class Run:
         if found is not None:
             progress = load(found, self.model, self.optimizer, self.average)
             self.step, self.recalls, self.watched = (progress[name] for name in ("step", "recalls", "watched"))
+            # counted once in a run: the step in which it is done rounds otherwise in the last digit
+            self.clip_flops = progress["clip_flops"]
             self.schedule.load_state_dict(progress["schedule"])
             self.train_loader.load_state_dict(progress["data"])
             self.console.print(f"resumed at step {self.step} from {found}", soft_wrap=True)
