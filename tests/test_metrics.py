@@ -261,6 +261,8 @@ def test_what_does_not_fit_is_refused():
         retrieval_metrics(torch.tensor([1, 6]), 5)
     with pytest.raises(ValueError, match="unknown embeddings audio_embeds"):
         evaluate_embeddings({"audio_embeds": torch.randn(3, 4)})
+    with pytest.raises(ValueError, match="different numbers of clips: 3 audio, 4 video"):
+        evaluate_embeddings({"audio": torch.randn(3, 4), "video": torch.randn(4, 4)})
 
 
 def test_each_direction_reads_its_own_two_embeddings():

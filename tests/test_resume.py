@@ -25,6 +25,7 @@ from pe_av import load_model
 from pe_av.checkpoint import CheckpointError
 from pe_av.config import ConfigError, TrainConfig
 from pe_av.config_files import config_dir, from_dict
+from pe_av.device import precision_context
 from pe_av.loss import LossOutput, contrastive_loss
 from pe_av.training.checkpoints import whole_checkpoints
 from pe_av.training.loop import MOST_SKIPPED, Run
@@ -148,6 +149,19 @@ def run(folder: Path, overrides: list[str]) -> Run:
         composed = compose("train", overrides=overrides)
     config = from_dict(TrainConfig, OmegaConf.to_container(composed), source="test")
     return Run(config, folder, torch.device("cpu"))
+
+
+def test_a_batch_that_does_not_divide_over_the_ranks_is_refused(tmp_path: Path, world: list[str], monkeypatch):
+    monkeypatch.setattr(pe_av.training.loop, "world_size", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda shared: None)
+    with pytest.raises(ConfigError, match="batch_size=8 is that of all ranks together and does not divide over 3"):
+        run(tmp_path, world)
+
+
+def test_half_precision_is_refused_where_a_gpu_has_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    with pytest.raises(ConfigError, match="precision=bf16: this GPU does not compute in bfloat16; use precision=fp32"):
+        precision_context("bf16", torch.device("cuda"))
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, at: set[int]) -> None:

@@ -57,14 +57,17 @@ def embed_clips(
     embedder.eval()
     parts: list[dict[str, Tensor]] = []
     flags: list[dict[str, Tensor]] = []
-    bad, number, captions = [], {}, []  # caption -> its row; (N,) rows of each clip's
+    bad: list[dict[str, Any]] = []
+    number: dict[str, int] = {}  # caption -> its row in the texts
+    captions: list[Tensor] = []  # of each clip
     for batch in track(batches, title, console=Console(stderr=True), transient=True):
         bad += batch["bad"]
         if batch["inputs"] is not None:
             parts.append(_on_cpu(embedder(to_device(batch, device))))
             flags.append(batch["valid"])
             for row in batch["captions"]:
-                captions.append(torch.tensor([number.setdefault(text, len(number)) for text in row], dtype=torch.long))
+                own = [number.setdefault(text, len(number)) for text in dict.fromkeys(row)]
+                captions.append(torch.tensor(own, dtype=torch.long))
     size = max((len(flag["audio"]) for flag in flags), default=1)
     texts = []
     for start in range(0, len(number), size):

@@ -132,6 +132,9 @@ def evaluate_embeddings(
     unknown = sorted(embeds.keys() - set(EMBEDDINGS))
     if unknown:
         raise ValueError(f"unknown embeddings {', '.join(unknown)}; known are {', '.join(EMBEDDINGS)}")
+    if len({len(rows) for rows in embeds.values()}) > 1:
+        found = ", ".join(f"{len(rows)} {name}" for name, rows in embeds.items())
+        raise ValueError(f"embeddings of different numbers of clips: {found}")
     metrics = {}
     for direction, (query, gallery) in DIRECTIONS.items():
         if query not in embeds or gallery not in embeds:
