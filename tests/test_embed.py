@@ -63,7 +63,7 @@ def test_every_caption_of_a_set_is_embedded_once(model: PEAudioVideo):
     captions = [
         {None: ["a dog", "a dog barks"]},
         {None: ["at night"]},
-        {"audio": ["a dog", "barks"]},
+        {"audio": ["a dog", "barks", "a dog"]},
         {},
         {None: ["a"]},
     ]
