@@ -17,7 +17,10 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pe_av import build_model, save_model
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # this checkout, installed or not
+
+from pe_av import build_model, save_model  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "conversion.jsonl"
 WEIGHTS = "model.safetensors"
@@ -52,7 +55,8 @@ def measure(source: Path, target: Path, to: str, preset: str) -> dict[str, objec
     os.sync()
     copies = [copy_seconds(source / WEIGHTS, target.with_suffix(".copy"))]
     command = [sys.executable, "-c", CONVERT, str(source), str(target), to]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    here = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=here)
     seconds, peak, idle = (float(number) for number in done.stdout.split())
     copies.append(copy_seconds(source / WEIGHTS, target.with_suffix(".copy")))
     return {

@@ -59,6 +59,10 @@ def test_figures_are_scikit_learns(ties: bool):
     marked = [s > 0.5 for s in scores]
     assert found["AP"] == pytest.approx(100 * sum(precision) / 3)
     assert found["F1"] == pytest.approx(100 * f1_score(torch.cat(targets).numpy(), torch.cat(marked).numpy()))
+    every, frames = torch.cat(scores).numpy(), torch.cat(targets).numpy()
+    f1 = {threshold: f1_score(frames, every >= threshold) for threshold in every}
+    assert found["best F1"] == pytest.approx(100 * max(f1.values()))
+    assert f1[found["best threshold"]] == pytest.approx(max(f1.values()))
     unions = [jaccard_score(t.numpy(), m.numpy()) for t, m in zip(targets, marked, strict=True)]
     assert found["IoU"] == pytest.approx(100 * sum(unions) / 3)
 

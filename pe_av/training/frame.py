@@ -152,7 +152,7 @@ def train(config: FrameTrainConfig, folder: Path) -> dict[str, float]:
     metrics = evaluate(model.eval(), DataLoader(sets[1], config.batch_size, collate_fn=together), device, folder)
     save_model(model, folder / "checkpoint")
     processor.save_pretrained(folder / "checkpoint")
-    console.print("  ".join(f"{name} {value:.1f}" for name, value in metrics.items()), f"\nwritten to {folder}")
+    console.print("  ".join(f"{name} {value:.3g}" for name, value in metrics.items()), f"\nwritten to {folder}")
     return metrics
 
 
