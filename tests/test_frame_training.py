@@ -100,6 +100,8 @@ def test_a_run_leaves_everything_that_is_promised(tmp_path: Path):
         "AP",
         "F1",
         "IoU",
+        "best F1",
+        "best threshold",
         "chance AP",
         "recordings",
     }
