@@ -32,6 +32,8 @@ from pe_av.training.loop import MOST_SKIPPED, Run
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["data.demo.train_clips=24", "data.demo.eval_clips=4", "batch_size=8", "data.num_workers=0", "log_every=1"]
+# ranks and compiled blocks draw other random numbers, so they are compared without
+NO_DROPOUT = [f"model.{part}.attention_dropout=0" for part in ("audio.transformer", "video.transformer", "fusion")]
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +103,9 @@ def test_a_signal_saves_and_leaves_with_its_code(tmp_path: Path, world: list[str
 
 def test_two_ranks_log_what_one_does(tmp_path: Path, world: list[str]):
     """Sharded and in micro-batches, from the command line that the README gives."""
-    finish(tmp_path / "one", *world, "steps=4")
+    finish(tmp_path / "one", *world, *NO_DROPOUT, "steps=4")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    options = ["steps=4", "parallel.strategy=fsdp", "micro_batch_size=2"]
+    options = [*NO_DROPOUT, "steps=4", "parallel.strategy=fsdp", "micro_batch_size=2"]
     finish(tmp_path / "two", *world, *options, launcher=launcher)
     one, two = (torch.tensor([row[1:] for row in losses(tmp_path / name)]) for name in ("one", "two"))
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)
@@ -112,19 +114,21 @@ def test_two_ranks_log_what_one_does(tmp_path: Path, world: list[str]):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
-def test_torchrun_goes_on_when_a_rank_is_lost(tmp_path: Path, world: list[str], whole: Path, sent: signal.Signals):
+def test_torchrun_goes_on_when_a_rank_is_lost(tmp_path: Path, world: list[str], sent: signal.Signals):
     """Killed, or hanging for longer than the timeout: the other rank says so in one line, and all start again."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1")
-    options = ["steps=8", "eval_every=2", "optim.ema=0.5", "resume=auto", "parallel.timeout_minutes=0.2"]
-    process = start(tmp_path, *world, *options, launcher=launcher)
-    while process.poll() is None and not any((tmp_path / "state").glob("step-*[02468]")):
+    options = [*NO_DROPOUT, "steps=8", "eval_every=2"]
+    finish(tmp_path / "one", *world, *options)
+    folder, options = tmp_path / "two", [*options, "resume=auto", "parallel.timeout_minutes=0.2"]
+    process = start(folder, *world, *options, launcher=launcher)
+    while process.poll() is None and not any((folder / "state").glob("step-*[02468]")):
         time.sleep(0.01)
     ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(next(int(child) for child in ranks if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes()), sent)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert "error: rank 0 lost another one, which ended or hangs" in errors and "resumed at step" in errors, errors
-    interrupted, uninterrupted = (torch.tensor(losses(folder)) for folder in (tmp_path, whole))
+    interrupted, uninterrupted = (torch.tensor(losses(path)) for path in (folder, tmp_path / "one"))
     torch.testing.assert_close(interrupted, uninterrupted, rtol=1e-4, atol=1e-4)
 
 
@@ -237,9 +241,9 @@ def test_a_disk_that_fills_up_costs_one_line_and_no_older_state(tmp_path: Path, 
 
 @pytest.mark.slow
 def test_compiled_blocks_learn_the_same_and_are_counted_too(tmp_path: Path, world: list[str]):
-    eager = run(tmp_path / "eager", [*world, "steps=3"])
+    eager = run(tmp_path / "eager", [*world, *NO_DROPOUT, "steps=3"])
     eager.train()
-    compiled = run(tmp_path / "compiled", [*world, "steps=3", "parallel.compile=true"])
+    compiled = run(tmp_path / "compiled", [*world, *NO_DROPOUT, "steps=3", "parallel.compile=true"])
     compiled.train()
     found, expected = (torch.tensor(losses(tmp_path / name)) for name in ("compiled", "eager"))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
