@@ -139,7 +139,7 @@ def run_command(schema: type, config_name: str, run: Callable[[Any, Path], objec
 
     try:
         check_overrides(schema, sys.argv[1:])
-    except ConfigError as error:
+    except ValueError as error:  # a ConfigError, or a value that YAML reads as an impossible date
         sys.exit(f"error: {error}")
     main()
 

@@ -69,9 +69,9 @@ def embed_clips(
                 own = [number.setdefault(text, len(number)) for text in dict.fromkeys(row)]
                 captions.append(torch.tensor(own, dtype=torch.long))
     size = max((len(flag["audio"]) for flag in flags), default=1)
-    texts = []
-    for start in range(0, len(number), size):
-        tokens = processor.batch_text(list(number)[start : start + size])
+    different, texts = list(number), []
+    for start in range(0, len(different), size):
+        tokens = processor.batch_text(different[start : start + size])
         texts.append(_on_cpu(embedder(to_device({"inputs": {}, "texts": {None: tokens}}, device))))
     embedder.train(was_training)
     widths = {name: value.shape[1] for part in parts for name, value in part.items()}

@@ -141,7 +141,8 @@ def evaluate_embeddings(
             continue
         rows = torch.ones(len(embeds[query]), dtype=torch.bool)
         for name in (query, gallery):
-            rows &= valid[name] if valid and name in valid else rows
+            if valid and name in valid:
+                rows &= valid[name]
         if valid and not rows.any():
             continue
         queries, items, target = embeds[query][rows], embeds[gallery][rows], None
