@@ -429,7 +429,9 @@ class ParallelConfig:
     """How many processes and how much memory a step takes (training/parallel.py); never what it computes."""
 
     strategy: str = "ddp"  # with several ranks: ddp (every rank holds the model) | fsdp (shards of it)
-    shard_bf16: bool = False  # fsdp: gather weights and compute in bfloat16
+    # fsdp: ranks that hold one copy of the model among them, e.g. the 8 GPUs of a node; null: all ranks
+    shard_size: int | None = None
+    shard_bf16: bool = False  # fsdp: gather weights in bfloat16; needs precision=bf16, in which they are used anyway
     activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
     compile: bool = False  # torch.compile of every block
     timeout_minutes: float = 10.0  # a rank that others wait for longer than this is lost
@@ -437,6 +439,10 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         one_of("parallel.strategy", self.strategy, ("ddp", "fsdp"))
         require(self.timeout_minutes > 0, f"parallel.timeout_minutes={self.timeout_minutes} is not positive")
+        require(
+            self.shard_size is None or (self.shard_size >= 1 and self.strategy == "fsdp"),
+            f"parallel.shard_size={self.shard_size}: it is a number of ranks, and needs parallel.strategy=fsdp",
+        )
 
 
 @dataclass
@@ -449,42 +455,67 @@ class InitConfig:
 
 
 @dataclass
-class TrainConfig:
-    """`python train.py`: everything about a run; a copy is written into its folder."""
+class RunConfig:
+    """What every training run has, whatever it trains (training/run.py); a copy is written into its folder."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: str | None = None  # native checkpoint to start from, which then decides `model`; None: random weights
-    init: InitConfig = field(default_factory=InitConfig)  # or single towers from elsewhere
     seed: int = 0
     steps: int = 1000
     batch_size: int = 64  # of all ranks together
-    eval_batch_size: int = 64
-    eval_every: int = 250  # steps between evaluations, each of which also saves; the last step always does both
+    eval_batch_size: int = 64  # of one rank
     log_every: int = 10
+    eval_every: int = 250  # steps between evaluations, each of which also exports the model; the last step always does
+    save_every: int = 250  # steps between states to go on from, all that an interruption costs; the last step saves too
+    save_minutes: float | None = None  # also save when the last state is older than this
+    keep_checkpoints: int = 2  # the newest states that stay
+    milestone_every: int | None = None  # states of steps that are a multiple of this stay too
+    best: str | None = None  # figure of the evaluations whose best model stays in best/; null: of none
+    max_minutes: float | None = None  # save and leave after so long, as a scheduler will demand it
+    resume: str | None = None  # state to go on from; auto: the newest whole one in the run's folder
     device: str = "auto"  # auto: CUDA where there is one
     precision: str = "auto"  # auto: bf16 on a GPU that has it, else fp32
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     micro_batch_size: int | None = None  # rows embedded at a time, on each rank, with the whole batch's gradient
     accumulate: int = 1  # batches, each with its own negatives, whose gradients are averaged in one step
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    watch: str | None = None  # manifest of other clips, evaluated too: what is forgotten on the way
-    resume: str | None = None  # state to go on from; auto: the newest whole one in the run's folder
-    keep_checkpoints: int = 2  # the newest states that stay
+    max_bad_fraction: float = 0.05  # stop when more of the items that were read than this are damaged
+    profile: bool = False  # write a trace of steps 10 to 13, and of a GPU's memory, into profile/
     wandb_project: str | None = None  # also log to Weights & Biases
-    max_bad_fraction: float = 0.05  # stop when more of the items than this cannot be read
 
     def __post_init__(self) -> None:
-        for name in ("steps", "eval_batch_size", "eval_every", "log_every", "accumulate", "keep_checkpoints"):
+        names = ("steps", "eval_batch_size", "eval_every", "save_every", "log_every", "accumulate", "keep_checkpoints")
+        for name in names:
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} is not positive")
-        require(self.batch_size >= 2, f"batch_size={self.batch_size}: a contrastive loss needs at least 2")
-        require(
-            self.micro_batch_size is None or self.micro_batch_size >= 1,
-            f"micro_batch_size={self.micro_batch_size} is not positive",
-        )
+        for name in ("micro_batch_size", "milestone_every", "save_minutes", "max_minutes"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name}={value} is not positive")
         one_of("precision", self.precision, ("auto", "fp32", "bf16"))
+
+
+# Settings of a run that a state fixes: with another value, what goes on would not be the same run. All others may be
+# changed on resume, and then hold from there on.
+FIXED_ON_RESUME = (
+    "model", "seed", "batch_size", "accumulate", "checkpoint", "init", "lora", "optim.freeze", "loss.pairings",
+    "data.train", "data.train_split", "data.mix", "data.demo", "data.stamps", "data.shards", "data.max_seconds",
+    "data.batch_tokens", "data.random_crops", "data.cache", "data.shuffle_window", "train", "demo",
+)  # fmt: skip
+
+
+@dataclass
+class TrainConfig(RunConfig):
+    """`python train.py`: the contrastive training of PEAudioVideo."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    init: InitConfig = field(default_factory=InitConfig)  # instead of `checkpoint`: single towers from elsewhere
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    watch: str | None = None  # manifest of other clips, evaluated too: what is forgotten on the way
+    best: str | None = "R@1"  # "R@1" (mean of all directions) | "<direction> R@1", e.g. "text->audio R@1" | "loss"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.batch_size >= 2, f"batch_size={self.batch_size}: a contrastive loss needs at least 2")
         require(
             self.checkpoint is None or not any(asdict(self.init).values()),
             "checkpoint and init are both set: a checkpoint fills every tower; leave one out",
@@ -506,27 +537,26 @@ class FrameDemoConfig:
 
 
 @dataclass
-class FrameTrainConfig:
+class FrameTrainConfig(RunConfig):
     """`python -m pe_av.training.frame`: PEAudioFrame from recordings with captions and the times they are about."""
 
     model: FrameConfig = field(default_factory=FrameConfig)
     train: str | None = None  # JSONL of {"path", "caption", "spans": [[start_s, end_s], …]}; None: the demo
     eval: str | None = None
     demo: FrameDemoConfig = field(default_factory=FrameDemoConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    checkpoint: str | None = None  # native PEAudioFrame to go on from, which then decides `model`
-    seed: int = 0
+    max_seconds: float = 30.0  # longer recordings are cut to their first part
+    num_workers: int = 2  # processes that decode while the model trains; 0: decode in the training process
+    time_limit: float = 60.0  # seconds in which a worker must have read a recording
     steps: int = 400
     batch_size: int = 32
-    log_every: int = 10
-    device: str = "auto"
-    precision: str = "auto"
+    eval_every: int = 100
+    save_every: int = 100
+    best: str | None = "AP"  # of the figures in metrics.json
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require((self.train is None) == (self.eval is None), "train and eval: give both manifests, or none")
-        require(self.steps >= 1 and self.log_every >= 1, "steps and log_every must be positive")
         require(self.batch_size >= 1, f"batch_size={self.batch_size} is not positive")
-        one_of("precision", self.precision, ("auto", "fp32", "bf16"))
 
 
 @dataclass
@@ -538,7 +568,8 @@ class EvalConfig:
     batch_size: int = 64
     device: str = "auto"  # auto: CUDA where there is one
     precision: str = "fp32"
-    max_bad_fraction: float = 0.05  # stop when more of the items than this cannot be read
+    max_bad_fraction: float = 0.05  # stop when more of the items that were read than this are damaged
+    timeout_minutes: float = 10.0  # a rank that others wait for longer than this is lost
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, f"batch_size={self.batch_size} is not positive")

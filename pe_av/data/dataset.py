@@ -5,7 +5,6 @@ item carries what could be read and, under "error", why the rest could not. If t
 left, the item is used; in any case its reason travels through the batch's "bad" list to whoever drives.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..config import HEADS, ConfigError, DataConfig
 from .demo import prepare_demo
 from .loader import read_all
 from .manifest import Clip, Manifest, read_manifest
+from .parts import caption_key, text_name
 from .processor import Processor, mask_of
 from .stamps import prepare_stamps
 
@@ -92,15 +92,17 @@ def load_into_memory(
 
 
 class Collate:
-    """Items -> a batch, as a dict:
+    """Items -> a batch of B rows, as a dict:
 
-    - "inputs": the model's arguments, or None if no item can be used. A row that lacks sound, picture or caption has
-      the shortest possible placeholder there; what no row has is left out.
-    - "texts": kind of caption -> {"input_ids", "attention_mask"}, of the kinds asked for. Kind None is in "inputs" too.
+    - "inputs": the model's sound and frames, each only for the rows that have them.
+    - "texts": kind of caption -> {"input_ids", "attention_mask"}, of the kinds asked for, likewise.
+    - "rows": "audio", "video", "audio_video" (both), "text", "text@<kind>" -> (n,) which rows of the batch have it.
+      What no row has is in none of the three.
     - "valid": embedding, as "audio" or "text_video@visual" -> (B,) bool, whether the row has what it is made of.
     - "captions": per row, all captions of the kind that stands for None; none of them if None is not asked for.
     - "caption_keys": kind -> (B,) int64, equal where captions are equal, in every process.
-    - "has_audio", "has_video": (B,) bool. "ids": of the rows. "bad": [{"id", "error"}], of what could not be read.
+    - "ids": of the rows, of which there may be none. "read": how many items there were.
+    - "bad", "partial": [{"id", "error"}] of items that are damaged, and of items that merely lack something.
 
     Args:
         kinds: the kinds of caption that the loss compares with; None: one caption for all.
@@ -114,63 +116,62 @@ class Collate:
         Args:
             picks: per item, a number that decides which of several captions of one kind it shows; None: the first.
         """
-        bad = [{"id": item["id"], "error": item["error"]} for item in items if "error" in item]
-        rows = [(item, pick) for item, pick in zip(items, picks or [0] * len(items), strict=True) if usable(item)]
-        batch = {"inputs": None, "ids": [item["id"] for item, _ in rows], "bad": bad}
-        if not rows:
-            return batch
-        good = [item for item, _ in rows]
-        inputs = self._sound(good) | self._picture(good)
+        pairs = [(item, pick) for item, pick in zip(items, picks or [0] * len(items), strict=True) if usable(item)]
+        good = [item for item, _ in pairs]
         has = {
-            "audio": torch.tensor([any(name in item for name in SOUND) for item in good]),
-            "video": torch.tensor([any(name in item for name in PICTURE) for item in good]),
+            name: torch.tensor([any(key in item for key in keys) for item in good], dtype=torch.bool)
+            for name, keys in (("audio", SOUND), ("video", PICTURE))
         }
+        has["audio_video"] = has["audio"] & has["video"]
+        inputs = self._sound([item for item in good if any(key in item for key in SOUND)])
+        inputs |= self._picture([item for item in good if any(key in item for key in PICTURE)])
         valid = {name: torch.stack([has[part] for part in HEADS[name] if part in has]).all(0) for name in MEDIA}
         texts, keys = {}, {}
-        captions: list[list[str]] = [[] for _ in rows]
+        captions: list[list[str]] = [[] for _ in good]
         for kind in self.kinds:
-            found = [_caption(item["captions"], kind, pick) for item, pick in rows]
+            found = [_caption(item["captions"], kind, pick) for item, pick in pairs]
             if kind is None:
                 kinds = [None if one is None else one[0] for one in found]
                 captions = [item["captions"].get(own, []) for item, own in zip(good, kinds, strict=True)]
+            has[text_name(kind)] = torch.tensor([one is not None for one in found], dtype=torch.bool)
             if any(found):
-                texts[kind] = self.processor.batch_text([EMPTY if one is None else one[1] for one in found])
-            unique = [-row if one is None else _key(one[1]) for row, one in enumerate(found, 1)]
-            keys[kind] = torch.tensor(unique)
+                texts[kind] = self.processor.batch_text([one[1] for one in found if one is not None])
+            unique = [-row if one is None else caption_key(one[1]) for row, one in enumerate(found, 1)]
+            keys[kind] = torch.tensor(unique, dtype=torch.int64)
             for name in TEXTS:
-                told = torch.tensor([one is not None and _tells(one[0], name, kind) for one in found])
+                told = torch.tensor([one is not None and tells(one[0], name, kind) for one in found], dtype=torch.bool)
                 media = [has[part] for part in HEADS[name] if part in has]
                 valid[name if kind is None else f"{name}@{kind}"] = torch.stack([told, *media]).all(0)
-        flags = {"has_audio": has["audio"], "has_video": has["video"]}
-        inputs |= texts.get(None, {})
-        text = {"texts": texts, "captions": captions, "caption_keys": keys}
-        return batch | flags | text | {"inputs": inputs, "valid": valid}
+        return {
+            "inputs": inputs,
+            "texts": texts,
+            "rows": {name: flags.nonzero().flatten() for name, flags in has.items() if flags.any()},
+            "valid": valid,
+            "captions": captions,
+            "caption_keys": keys,
+            "ids": [item["id"] for item in good],
+            "read": len(items),
+            "bad": [{"id": item["id"], "error": item["error"]} for item in items if "error" in item],
+            "partial": [{"id": item["id"], "error": item["partial"]} for item in items if "partial" in item],
+        }
 
     def _sound(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
-        features = [item["codec_features"] for item in items if "codec_features" in item]
-        if features:
-            empty = torch.zeros_like(features[0][:1])
-            return _features("codec_features", "padding_mask", [i.get("codec_features", empty) for i in items])
-        if not any("waveform" in item for item in items):
+        if not items:
             return {}
-        empty = torch.zeros(self.processor.config.audio.codec.hop_length)
-        return self.processor.batch_audio([item.get("waveform", empty) for item in items])
+        if "codec_features" in items[0]:
+            return _features("codec_features", "padding_mask", [item["codec_features"] for item in items])
+        return self.processor.batch_audio([item["waveform"] for item in items])
 
     def _picture(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
-        features = [item["frame_features"] for item in items if "frame_features" in item]
-        if features:
-            empty = torch.zeros_like(features[0][:1])
-            return _features("frame_features", "padding_mask_videos", [i.get("frame_features", empty) for i in items])
-        frames = [item["frames"] for item in items if "frames" in item]
-        if not frames:
+        if not items:
             return {}
-        empty = torch.zeros_like(frames[0][:1])
-        rows = [item.get("frames", empty) for item in items]
+        if "frame_features" in items[0]:
+            return _features("frame_features", "padding_mask_videos", [item["frame_features"] for item in items])
+        frames = [item["frames"] for item in items]
         # as bytes, which the model scales: a quarter of the size on the way, and the work is done where it is cheap
-        return {"pixel_values_videos": pad_sequence(rows, batch_first=True), "padding_mask_videos": mask_of(rows)}
+        return {"pixel_values_videos": pad_sequence(frames, batch_first=True), "padding_mask_videos": mask_of(frames)}
 
 
-EMPTY = "-"  # the text of rows without a caption, which no loss counts
 MEDIA = [name for name in HEADS if "text" not in HEADS[name]]
 TEXTS = [name for name in HEADS if "text" in HEADS[name]]
 
@@ -183,7 +184,7 @@ def _caption(captions: dict[str | None, list[str]], kind: str | None, pick: int)
     return None
 
 
-def _tells(own: str | None, embedding: str, kind: str | None) -> bool:
+def tells(own: str | None, embedding: str, kind: str | None) -> bool:
     """Whether a caption of kind `own` may stand in this embedding: what is only seen says nothing of what is heard."""
     if kind is not None or own in (None, "audio_visual"):
         return True
@@ -192,18 +193,6 @@ def _tells(own: str | None, embedding: str, kind: str | None) -> bool:
 
 def _features(name: str, mask_name: str, rows: list[Tensor]) -> dict[str, Tensor]:
     return {name: pad_sequence(rows, batch_first=True).float(), mask_name: mask_of(rows)}
-
-
-def _key(caption: str) -> int:
-    """The same in every process, as `hash` is not; int64."""
-    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The tensors in a batch or in a part of it; what is no tensor stays."""
-    if isinstance(batch, dict):
-        return {name: to_device(value, device) for name, value in batch.items()}
-    return batch.to(device, non_blocking=True) if isinstance(batch, Tensor) else batch
 
 
 def open_manifest(config: DataConfig, split: str) -> Manifest:
@@ -223,27 +212,60 @@ def open_manifest(config: DataConfig, split: str) -> Manifest:
 
 
 class BadItems:
-    """Items of which something could not be used: listed in a file, counted, and too many of them end the run."""
+    """Items that are damaged, and items that merely lack something: both are listed, and many damaged end the run.
 
-    def __init__(self, path: Path, total: int, max_fraction: float):
+    With several ranks all of them count the items of all, so that all stop at once; rank 0 writes the lists.
+    """
+
+    def __init__(self, folder: Path, total: int, max_fraction: float, writes: bool = True):
         """
         Args:
-            path: JSONL file of {"id", "error"}.
+            folder: of `bad_items.jsonl` and `partial_items.jsonl`, lists of {"id", "error"}.
             total: items that there are.
-            max_fraction: of `total`, above which `add` raises.
+            max_fraction: of the items seen, above which `add` raises.
+            writes: whether this process writes the lists.
         """
-        self.path, self.total, self.max_fraction = path, total, max_fraction
-        self.reasons: dict[str, str] = {}
+        self.total, self.max_fraction, self.writes = total, max_fraction, writes
+        self.seen = 0  # items read so far, each once
+        self.files = {name: folder / f"{name}_items.jsonl" for name in ("bad", "partial")}
+        # a run that goes on does not list anything twice
+        self.reasons = {name: _reasons(path) for name, path in self.files.items()}
 
-    def add(self, items: Iterable[dict[str, Any]]) -> None:
-        new = [item for item in items if item["id"] not in self.reasons]
-        if not new:
-            return
-        self.reasons |= {item["id"]: item["error"] for item in new}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"id": item["id"], "error": item["error"]}) + "\n" for item in new)
-        if len(self.reasons) > self.max_fraction * self.total:
+    def add(self, read: int, bad: Iterable[dict[str, Any]] = (), partial: Iterable[dict[str, Any]] = ()) -> None:
+        """
+        Args:
+            read: items read since the last time.
+            bad, partial: {"id", "error"} of those that are damaged, and of those that lack something.
+        Raises:
+            ConfigError: too many are damaged.
+        """
+        self.seen = min(self.seen + read, self.total)
+        last = ""
+        for name, items in (("bad", bad), ("partial", partial)):
+            new = {item["id"]: item["error"] for item in items if item["id"] not in self.reasons[name]}
+            if not new:
+                continue
+            self.reasons[name] |= new
+            last = next(reversed(new.values())) if name == "bad" else last
+            if self.writes:
+                with self.files[name].open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps({"id": key, "error": error}) + "\n" for key, error in new.items())
+        count = len(self.reasons["bad"])
+        # one bad item among the first few says nothing yet
+        judged = max(self.seen, min(self.total, FEWEST_JUDGED))
+        if last and count > self.max_fraction * judged:
             raise ConfigError(
-                f"{len(self.reasons)} of {self.total} items cannot be used, more than "
-                f"max_bad_fraction={self.max_fraction:g}; the last: {new[-1]['error']}; all are listed in {self.path}"
+                f"{count} of {self.seen} items read cannot be used, more than max_bad_fraction={self.max_fraction:g} "
+                f"allows; the last: {last}; all are listed in {self.files['bad']}"
             )
+
+
+FEWEST_JUDGED = 200  # items that `max_bad_fraction` is a fraction of, at least, if there are as many
+
+
+def _reasons(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        return {}
+    # a kill may have torn the last line
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    return {row["id"]: row["error"] for row in map(json.loads, lines)}

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import save_file
@@ -15,32 +17,36 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from ..checkpoint import load_model
-from ..data.dataset import to_device
+from ..data.parts import EMPTY_PART, runs_of, split_batch, to_device, with_runs
 from ..data.processor import Processor
 from ..model.peav import PEAudioVideo
+from ..ranks import of_all_ranks, rank, world_size
 
 
 class Embedder(nn.Module):
-    """The model as a function of a batch, which is how evaluation, micro-batches, DDP and FSDP see it."""
+    """The model as a function of a part of a batch, which is how training, evaluation, DDP and FSDP see it."""
 
     def __init__(self, model: PEAudioVideo):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """`batch` as `data.dataset.Collate` makes it: "inputs", and "texts" where there are several kinds."""
-        return self.model.embed(batch["inputs"], batch.get("texts"))
+    def forward(self, part: dict[str, Any]) -> dict[str, Tensor]:
+        """`part` as `data.parts` describes it."""
+        return self.model.embed(part["inputs"], part["texts"], part["rows"], part["size"])
 
 
 @dataclass
 class EmbeddedClips:
-    """Every embedding of N clips, and of the T different captions that they have."""
+    """Every embedding of N clips, and of the T different captions that they have; the same on every rank."""
 
-    embeds: dict[str, Tensor]  # name (`evaluation.metrics.EMBEDDINGS`) -> (N, D) float32 on the CPU
+    embeds: dict[str, Tensor]  # name, with "@<kind>" for captions of a kind -> (N, D) float32 on the CPU
     valid: dict[str, Tensor]  # name -> (N,) bool, whether the clip has what it is made of; else its row means nothing
+    keys: dict[str | None, Tensor]  # kind of caption -> (N,) int64, equal where captions are equal
     texts: dict[str, Tensor]  # name, of those that are text alone -> (T, D)
     captions: Tensor  # (N, M) int64, filled up with -1: which of the texts are each clip's
-    bad: list[dict[str, Any]]  # {"id", "error"} of items of which something could not be read
+    read: int  # items that were read
+    bad: list[dict[str, Any]]  # {"id", "error"} of items that are damaged
+    partial: list[dict[str, Any]]  # {"id", "error"} of items that lack something
 
 
 @torch.no_grad()
@@ -49,48 +55,103 @@ def embed_clips(
 ) -> EmbeddedClips:
     """Every clip with its first caption, and then every caption, with a progress bar.
 
+    Several ranks share the batches and the captions out. Each batch is embedded whole by one rank, so the embeddings
+    are the same to the bit whatever the number of ranks.
+
     Args:
-        embedder: a batch -> name -> (B, D), as `Embedder` is, or is inside of.
-        batches: as `data.dataset.Collate` makes them.
+        embedder: a part of a batch -> name -> (B, D), as `Embedder` is, or is inside of.
+        batches: those of this rank, as `data.dataset.Collate` makes them; as many on every rank, of which the last may
+            be empty. Batch b of rank r is number b · world + r of all.
     """
     was_training = embedder.training
     embedder.eval()
-    parts: list[dict[str, Tensor]] = []
-    flags: list[dict[str, Tensor]] = []
-    bad: list[dict[str, Any]] = []
+    mine: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
+    # only rank 0 has a bar to show
+    shown = Console(stderr=True, quiet=rank() > 0)
+    for batch in track(batches, title, console=shown, transient=True):
+        (part,) = split_batch(batch, None) or [EMPTY_PART]
+        embeds = _embedded(embedder, part, processor, device)
+        told = {name: batch[name] for name in ("ids", "valid", "captions", "caption_keys", "read", "bad", "partial")}
+        mine.append((told, embeds))
+    # batch b of rank r is number b · world + r of all
+    told = [batch for turn in zip(*of_all_ranks([told for told, _ in mine]), strict=True) for batch in turn]
+    sizes = [len(batch["ids"]) for batch in told]
+    embeds = _in_order([embeds for _, embeds in mine], sizes)
     number: dict[str, int] = {}  # caption -> its row in the texts
-    captions: list[Tensor] = []  # of each clip
-    for batch in track(batches, title, console=Console(stderr=True), transient=True):
-        bad += batch["bad"]
-        if batch["inputs"] is not None:
-            parts.append(_on_cpu(embedder(to_device(batch, device))))
-            flags.append(batch["valid"])
-            for row in batch["captions"]:
-                own = [number.setdefault(text, len(number)) for text in dict.fromkeys(row)]
-                captions.append(torch.tensor(own, dtype=torch.long))
-    size = max((len(flag["audio"]) for flag in flags), default=1)
-    different, texts = list(number), []
-    for start in range(0, len(different), size):
-        tokens = processor.batch_text(different[start : start + size])
-        texts.append(_on_cpu(embedder(to_device({"inputs": {}, "texts": {None: tokens}}, device))))
-    embedder.train(was_training)
-    widths = {name: value.shape[1] for part in parts for name, value in part.items()}
-    # a batch in which no clip has sound, say, has no audio embeddings
-    rows = [
-        {n: p.get(n, torch.zeros(len(f["audio"]), w)) for n, w in widths.items()}
-        for p, f in zip(parts, flags, strict=True)
+    captions = [
+        torch.tensor([number.setdefault(text, len(number)) for text in dict.fromkeys(row)], dtype=torch.long)
+        for batch in told
+        for row in batch["captions"]
     ]
+    different, size = list(number), max(sizes, default=1) or 1
+    starts = range(0, len(different), size)
+    texts = []
+    for turn in range(-(-len(starts) // world_size())):
+        at = turn * world_size() + rank()
+        part = EMPTY_PART
+        if at < len(starts):
+            tokens = processor.batch_text(different[starts[at] :][:size])
+            rows = torch.arange(len(tokens["input_ids"]))
+            part = {"inputs": {}, "texts": {None: tokens}, "rows": {"text": rows}, "size": len(rows)}
+        texts.append(_embedded(embedder, part, processor, device))
+    text_sizes = [min(size, len(different) - start) for start in starts]
+    text_sizes += [0] * (len(texts) * world_size() - len(text_sizes))
+    embedder.train(was_training)
     return EmbeddedClips(
-        embeds={name: torch.cat([part[name] for part in rows]) for name in widths},
-        valid={name: torch.cat([flag[name] for flag in flags]) for name in widths},
-        texts={name: torch.cat([part[name] for part in texts]) for name in (texts[0] if texts else ())},
+        embeds=embeds,
+        valid={name: torch.cat([batch["valid"][name] for batch in told]) for name in embeds},
+        keys={kind: torch.cat([batch["caption_keys"][kind] for batch in told]) for kind in told[0]["caption_keys"]},
+        texts=_in_order(texts, text_sizes),
         captions=pad_sequence(captions, batch_first=True, padding_value=-1) if captions else torch.empty(0, 0),
-        bad=bad,
+        read=sum(batch["read"] for batch in told),
+        bad=[item for batch in told for item in batch["bad"]],
+        partial=[item for batch in told for item in batch["partial"]],
     )
 
 
-def _on_cpu(embeds: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.float().cpu() for name, value in embeds.items()}
+def _embedded(
+    embedder: nn.Module, part: dict[str, Any], processor: Processor, device: torch.device
+) -> dict[str, Tensor]:
+    """Name -> (size, D) float32 on the CPU; every rank calls it with a part of its own, which may be empty."""
+    runs = sorted({run for theirs in of_all_ranks(runs_of(part)) for run in theirs})
+    if not runs:
+        return {}
+    found = embedder(to_device(with_runs(part, runs, processor.config), device))
+    return {name: value.float().cpu() for name, value in found.items()}
+
+
+def _in_order(mine: list[dict[str, Tensor]], sizes: list[int]) -> dict[str, Tensor]:
+    """The batches of all ranks, one of each at a time, joined by name; zeros where a batch lacks a name.
+
+    Args:
+        mine: of this rank's batches; as many on every rank.
+        sizes: rows of every batch of all ranks, in order.
+    """
+    world = world_size()
+    own = sizes[rank() :: world]
+    widths = {
+        name: width for theirs in of_all_ranks([{n: v.shape[1] for n, v in b.items()} for b in mine])
+        for batch in theirs for name, width in batch.items()
+    }  # fmt: skip
+    joined = {}
+    for name in sorted(widths):
+        width = widths[name]
+        rows = [batch[name] if name in batch else torch.zeros(n, width) for batch, n in zip(mine, own, strict=True)]
+        rows = torch.cat(rows) if rows else torch.zeros(0, width)
+        parts = [part.split(sizes[r::world]) for r, part in enumerate(_rows_of_all_ranks(rows, sizes))]
+        joined[name] = torch.cat([batch for turn in zip(*parts, strict=True) for batch in turn])
+    return joined
+
+
+def _rows_of_all_ranks(rows: Tensor, sizes: list[int]) -> list[Tensor]:
+    world = world_size()
+    if world == 1:
+        return [rows]
+    counts = [sum(sizes[r::world]) for r in range(world)]
+    padded = F.pad(rows, (0, 0, 0, max(counts) - len(rows)))
+    found = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(found, padded)
+    return [part[:count] for part, count in zip(found, counts, strict=True)]
 
 
 @torch.no_grad()

@@ -7,9 +7,11 @@ with labels for captions, R@1 of audio->text is the accuracy of classifying amon
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pe_av.config import PAIRINGS
+from pe_av.ranks import rank, world_size
 
 EMBEDDINGS = tuple(dict.fromkeys(name for pairing in PAIRINGS.values() for name in pairing))
 
@@ -28,7 +30,9 @@ DIRECTIONS: dict[str, tuple[str, str]] = {
 
 
 @torch.no_grad()
-def retrieval_ranks(queries: Tensor, gallery: Tensor, target: Tensor | None = None, chunk: int = 1024) -> Tensor:
+def retrieval_ranks(
+    queries: Tensor, gallery: Tensor, target: Tensor | None = None, chunk: int = 1024, shared: bool = False
+) -> Tensor:
     """1-based rank of each query's true item when the gallery is sorted by dot product, ties lost.
 
     Every other item that scores as high as the true one is ranked before it, so that a collapsed model, which gives
@@ -40,6 +44,7 @@ def retrieval_ranks(queries: Tensor, gallery: Tensor, target: Tensor | None = No
         target: (Q,) index of each query's true item in the gallery, or (Q, M), filled up with -1, of all its true
             items: the rank is that of the first of them, and the others do not count. None: item i belongs to query i.
         chunk: queries scored at a time; memory grows with chunk × G, never with Q × G.
+        shared: all ranks call this with the same arguments and share the chunks out.
     Returns:
         (Q,) int64 ranks, 1 … G.
     Raises:
@@ -71,13 +76,16 @@ def retrieval_ranks(queries: Tensor, gallery: Tensor, target: Tensor | None = No
     queries = queries.double()
     # each distinct item is scored once: a matrix product may round equal columns differently, and they must tie
     distinct, item = gallery.double().unique(dim=0, return_inverse=True)
-    ranks = torch.empty(len(queries), dtype=torch.int64, device=queries.device)
-    for start in range(0, len(queries), chunk):
+    ranks = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+    starts = range(0, len(queries), chunk)
+    for start in starts[rank() :: world_size()] if shared else starts:
         rows = slice(start, start + chunk)
         scores = (queries[rows] @ distinct.T)[:, item]  # (chunk, G)
         best = scores.gather(1, target[rows]).amax(1, keepdim=True)
         scores.scatter_(1, target[rows], -torch.inf)
         ranks[rows] = 1 + (scores >= best).sum(1)
+    if shared and world_size() > 1:
+        dist.all_reduce(ranks)  # zeros but for one rank each
     return ranks
 
 
@@ -115,6 +123,7 @@ def evaluate_embeddings(
     valid: dict[str, Tensor] | None = None,
     texts: dict[str, Tensor] | None = None,
     captions: Tensor | None = None,
+    shared: bool = False,
 ) -> dict[str, dict[str, float | int]]:
     """Retrieval in every direction whose two sides are there.
 
@@ -124,6 +133,7 @@ def evaluate_embeddings(
             sides are queries and gallery. None, or not named: all have it.
         texts: name, of those that are text alone -> (T, D) of every different caption, and
         captions: (N, M) int64, filled up with -1, which of them are each clip's. None: `embeds` has one text per clip.
+        shared: all ranks call this with the same arguments and share the work out.
     Returns:
         direction, e.g. "text->audio", -> `retrieval_metrics`.
     Raises:
@@ -151,7 +161,7 @@ def evaluate_embeddings(
         elif texts and gallery in texts:
             items, target, _ = _captions(texts[gallery], captions[rows])
         try:
-            ranks = retrieval_ranks(queries, items, target)
+            ranks = retrieval_ranks(queries, items, target, shared=shared)
         except ValueError as error:
             raise ValueError(f"{direction}: {error}") from error
         true_items = 1.0 if target is None else (target >= 0).sum().item() / len(target)

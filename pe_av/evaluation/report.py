@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: no display is needed, and a notebook keeps its own backend
@@ -72,15 +73,16 @@ def write_metrics(path: str | Path, metrics: Mapping[str, Any], **extra: Any) ->
 
 
 def plot_losses(
-    history: Sequence[Mapping[str, float]], path: str | Path, recalls: Sequence[Mapping[str, Any]] | None = None
+    history: Sequence[Mapping[str, float]], path: str | Path, evaluations: Sequence[Mapping[str, float]] = ()
 ) -> None:
     """Loss over steps, the sum and each pairing, and beside it R@1 over steps, as a PNG.
 
     Args:
         history: rows of {"step", "loss", "<pairing>_loss", …}; a row may lack any but the step.
         path: the PNG to write.
-        recalls: rows of {"step", "R@1": {direction: percent}}; None or empty: the loss alone.
+        evaluations: rows of {"step", "R@1/<direction>": percent, …}; without any recalls the loss is shown alone.
     """
+    recalls = any(key.startswith("R@1/") for row in evaluations for key in row)
     figure = Figure(figsize=(13 if recalls else 7, 4.6), dpi=150, layout="constrained")
     panels = figure.subplots(1, 2 if recalls else 1, sharex=True, squeeze=False)[0]
 
@@ -103,7 +105,7 @@ def plot_losses(
         for direction, (query, gallery) in DIRECTIONS.items():
             pairing = pairing_of[frozenset((query, gallery))]
             there = PAIRINGS[pairing] == (query, gallery)
-            points = [(row["step"], row["R@1"][direction]) for row in recalls if direction in row["R@1"]]
+            points = [(row["step"], row[f"R@1/{direction}"]) for row in evaluations if f"R@1/{direction}" in row]
             if points:
                 style = {"marker": "o" if there else "s", "markersize": 3.5, "linestyle": "-" if there else "--"}
                 panels[1].plot(*zip(*points, strict=True), color=COLOURS[pairing], label=direction, **style)
@@ -118,20 +120,26 @@ def plot_losses(
     _save(figure, path)
 
 
-def plot_similarity(embeds: Mapping[str, Tensor], path: str | Path, limit: int = 64) -> None:
+def plot_similarity(
+    embeds: Mapping[str, Tensor], path: str | Path, valid: Mapping[str, Tensor] | None = None, limit: int = 64
+) -> None:
     """Cosine similarity of the first `limit` clips in the six pairings, as a PNG; matched clips are the diagonal.
 
     Args:
         embeds: (N, D) by name; a pairing without both of its sides is left empty.
         path: the PNG to write.
+        valid: name -> (N,) bool, False where a clip has no such embedding and is not shown; None: all have it.
         limit: clips shown.
     """
-    unit = {name: F.normalize(rows[:limit].detach().double(), dim=1).cpu().numpy() for name, rows in embeds.items()}
-    cosines = {
-        pairing: unit[left] @ unit[right].T
-        for pairing, (left, right) in PAIRINGS.items()
-        if left in unit and right in unit
-    }
+    cosines = {}
+    for pairing, sides in PAIRINGS.items():
+        if all(name in embeds for name in sides):
+            shown = torch.ones(len(embeds[sides[0]]), dtype=torch.bool)
+            for name in sides:
+                shown &= shown if valid is None else valid[name]
+            left, right = (F.normalize(embeds[name][shown][:limit].detach().double(), dim=1) for name in sides)
+            if len(left):
+                cosines[pairing] = (left @ right.T).cpu().numpy()
     bound = max((float(np.nanmax(np.abs(cosine))) for cosine in cosines.values()), default=1.0)
 
     figure = Figure(figsize=(11, 7.6), dpi=150, layout="constrained")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from ..checkpoint import load_model
@@ -12,6 +13,7 @@ from ..data.loader import BatchSampler, Loader
 from ..data.processor import Processor
 from ..device import pick_device, precision_context
 from ..model.peav import PEAudioVideo
+from ..ranks import process_group, rank, world_size
 from .embed import Embedder, embed_clips
 from .metrics import evaluate_embeddings
 from .report import plot_similarity, print_table, write_metrics
@@ -25,7 +27,11 @@ def evaluate_checkpoint(config: EvalConfig, folder: Path) -> dict[str, dict[str,
     Raises:
         ConfigError, CheckpointError: settings, data or checkpoint that cannot be used.
     """
-    device = pick_device(config.device)
+    with process_group(pick_device(config.device), config.timeout_minutes) as device:
+        return _evaluate(config, folder, device)
+
+
+def _evaluate(config: EvalConfig, folder: Path, device: torch.device) -> dict[str, dict[str, float | int]]:
     model = load_model(config.checkpoint, device)
     if not isinstance(model, PEAudioVideo):
         raise ConfigError(
@@ -37,19 +43,21 @@ def evaluate_checkpoint(config: EvalConfig, folder: Path) -> dict[str, dict[str,
     loader = Loader(
         clips,
         reader_for(config.data, model, processor),
-        BatchSampler(len(clips), config.batch_size),
+        BatchSampler(len(clips), config.batch_size, rank=rank(), world=world_size()),
         Collate(processor),
         config.data.num_workers,
         config.data.time_limit,
     )
-    bad = BadItems(folder / "bad_items.jsonl", total=len(clips), max_fraction=config.max_bad_fraction)
+    bad = BadItems(folder, len(clips), config.max_bad_fraction, writes=rank() == 0)
     with precision_context(config.precision, device):
         found = embed_clips(Embedder(model), loader, processor, device, "evaluating")
     loader.close()
-    bad.add(found.bad)
-    metrics = evaluate_embeddings(found.embeds, found.valid, found.texts, found.captions)
-    write_metrics(folder / "metrics.json", metrics, checkpoint=str(config.checkpoint), bad_items=len(bad.reasons))
-    plot_similarity(found.embeds, folder / "similarity.png")
-    print_table(metrics)
-    Console(stderr=True).print(f"written to {folder}")
+    bad.add(found.read, found.bad, found.partial)
+    metrics = evaluate_embeddings(found.embeds, found.valid, found.texts, found.captions, shared=True)
+    if rank() == 0:
+        listed = {f"{name}_items": len(reasons) for name, reasons in bad.reasons.items()}
+        write_metrics(folder / "metrics.json", metrics, checkpoint=str(config.checkpoint), **listed)
+        plot_similarity(found.embeds, folder / "similarity.png", found.valid)
+        print_table(metrics)
+        Console(stderr=True).print(f"written to {folder}")
     return metrics

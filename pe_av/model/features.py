@@ -20,6 +20,12 @@ class Features:
     mask: Tensor | None
     attentions: list[Tensor | None]
 
+    def at(self, rows: Tensor, wanted: Tensor) -> "Features":
+        """Only the rows of the clips `wanted`, where row i is of clip `rows[i]`; the first row where none are."""
+        index = torch.searchsorted(rows, wanted) if len(wanted) else rows.new_zeros(1)
+        mask = None if self.mask is None else self.mask[index]
+        return Features(self.pooled[index], self.sequence[index], mask, self.attentions)
+
 
 def text_features(tower: ModernBERT | None, config: TextConfig, input_ids: Tensor, mask: Tensor | None) -> Features:
     """(B, T) token ids and their mask -> token 0 and the sequence, both before the final norm."""

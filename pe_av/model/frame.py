@@ -99,6 +99,10 @@ class PEAudioFrame(nn.Module):
         codec = self.config.audio.codec
         return codec.hop_length / codec.sampling_rate
 
+    def blocks(self) -> list[nn.Module]:
+        """The repeated layers of both towers, in which nearly all of the memory and time goes."""
+        return [*self.text.layers[: self.text.nth], *self.audio.transformer.layers]
+
     def set_attention(self, implementation: str) -> None:
         """Compute attention by "eager", "sdpa" or "flex" from now on; the weights stay."""
         self.config = replace(self.config, attention=implementation)

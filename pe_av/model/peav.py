@@ -170,7 +170,7 @@ class PEAudioVideo(nn.Module):
             elif name.removeprefix("text_") in towers and text is not None:
                 embeds[name] = head(text.pooled)
             elif name.removesuffix("_plus_text") in towers and text is not None:
-                embeds[name] = self._plus_text(name, towers[name.removesuffix("_plus_text")], text)
+                embeds[name] = self._plus_text(name, towers[name.removesuffix("_plus_text")].pooled, text.pooled)
 
         out = PEAudioVideoOutput(**{f"{name}_embeds": value for name, value in embeds.items()})
         for name, features in towers.items():
@@ -193,15 +193,25 @@ class PEAudioVideo(nn.Module):
         return out
 
     def embed(
-        self, inputs: Mapping[str, Tensor], texts: Mapping[str | None, Mapping[str, Tensor]] | None = None
+        self,
+        inputs: Mapping[str, Tensor],
+        texts: Mapping[str | None, Mapping[str, Tensor]] | None = None,
+        rows: Mapping[str, Tensor] | None = None,
+        batch_size: int | None = None,
     ) -> dict[str, Tensor]:
-        """Every embedding that a batch allows, also of one modality alone and with captions of several kinds.
+        """Every embedding that a batch allows, also of clips that lack something and with captions of several kinds.
 
         Args:
             inputs: arguments of `forward` by name.
             texts: kind of caption -> `input_ids` and `attention_mask`; None: those of `inputs`, of kind None.
+            rows: "audio", "video", "text", "text@<kind>" -> (n,) ascending numbers of the clips that its inputs are of,
+                for a batch in which clips lack one or the other; "audio_video": the clips that have both. Where there
+                are none, an input of one row is run all the same and its result dropped: on several ranks, all must run
+                the same towers. None: every input has one row per clip.
+            batch_size: number of clips, B; needed with `rows`.
         Returns:
-            name, for captions of a kind with "@<kind>" -> (B, D).
+            name, for captions of a kind with "@<kind>" -> (B, D); what stands in the row of a clip that lacks the
+            inputs means nothing.
         """
         if texts is None:
             names = ("input_ids", "attention_mask")
@@ -216,17 +226,27 @@ class PEAudioVideo(nn.Module):
             towers["video"] = frames_to_features(self.video, inputs["frame_features"], mask)
         elif "pixel_values_videos" in inputs:
             towers["video"] = self._video(inputs["pixel_values_videos"], inputs.get("padding_mask_videos"))
-        if self.fusion is not None and len(towers) == 2:
-            towers["audio_video"] = self._fuse(towers["audio"], towers["video"])
-        embeds = {name: self._head(name)(tower.pooled) for name, tower in towers.items() if name in self.heads}
+        both = None if rows is None else rows.get("audio_video")
+        if self.fusion is not None and len(towers) == 2 and (rows is None or both is not None):
+            sides = (towers[name] if both is None else towers[name].at(rows[name], both) for name in ("audio", "video"))
+            towers["audio_video"] = self._fuse(*sides)
+
+        def pooled(name: str, features: Features) -> Tensor:  # (B, D), zeros for clips without
+            if rows is None:
+                return features.pooled
+            found = features.pooled[: len(rows[name])]
+            return found.new_zeros(batch_size, found.shape[1]).index_copy(0, rows[name], found)
+
+        media = {name: pooled(name, tower) for name, tower in towers.items()}
+        embeds = {name: self._head(name)(value) for name, value in media.items() if name in self.heads}
         for kind, tokens in texts.items():
-            text = self._text(tokens["input_ids"], tokens.get("attention_mask"))
             at = "" if kind is None else f"@{kind}"
+            text = pooled(f"text{at}", self._text(tokens["input_ids"], tokens.get("attention_mask")))
             for name, head in self.heads.items():
                 if name.startswith("text_"):
-                    embeds[name + at] = head(text.pooled)
-                elif name.removesuffix("_plus_text") in towers and name.endswith("_plus_text"):
-                    embeds[name + at] = self._plus_text(name, towers[name.removesuffix("_plus_text")], text)
+                    embeds[name + at] = head(text)
+                elif name.removesuffix("_plus_text") in media and name.endswith("_plus_text"):
+                    embeds[name + at] = self._plus_text(name, media[name.removesuffix("_plus_text")], text)
         return embeds
 
     def get_audio_embeds(self, input_values: Tensor, padding_mask: Tensor | None = None) -> Tensor:
@@ -270,7 +290,8 @@ class PEAudioVideo(nn.Module):
     ) -> Tensor:
         """Sound and a caption of it -> (B, D), a joint query to be compared with `get_video_embeds`."""
         text = self._text(input_ids, attention_mask)
-        return self._plus_text("audio_plus_text", self._audio(input_values, padding_mask), text)
+        audio = self._audio(input_values, padding_mask)
+        return self._plus_text("audio_plus_text", audio.pooled, text.pooled)
 
     def get_video_plus_text_embeds(
         self,
@@ -281,7 +302,8 @@ class PEAudioVideo(nn.Module):
     ) -> Tensor:
         """Pictures and a caption of them -> (B, D), a joint query to be compared with `get_audio_embeds`."""
         text = self._text(input_ids, attention_mask)
-        return self._plus_text("video_plus_text", self._video(pixel_values_videos, padding_mask_videos), text)
+        video = self._video(pixel_values_videos, padding_mask_videos)
+        return self._plus_text("video_plus_text", video.pooled, text.pooled)
 
     def blocks(self) -> list[nn.Module]:
         """The repeated layers of all towers, in which nearly all of the memory and time goes."""
@@ -315,8 +337,8 @@ class PEAudioVideo(nn.Module):
         pooled, sequence, attentions = self.fusion(audio.sequence, video.sequence, audio.mask, video.mask)
         return Features(pooled, sequence, audio.mask, attentions)
 
-    def _plus_text(self, name: str, tower: Features, text: Features) -> Tensor:
-        return self._head(name)(torch.cat((tower.pooled, text.pooled), dim=-1))
+    def _plus_text(self, name: str, media: Tensor, text: Tensor) -> Tensor:
+        return self._head(name)(torch.cat((media, text), dim=-1))
 
     def _head(self, name: str) -> ContrastiveHead:
         if name not in self.heads:

@@ -1,8 +1,9 @@
-"""The state of a run, to go on from exactly: model, optimizer, schedule, data position and random numbers.
+"""The state of a run, to go on from exactly: weights, moments, average, data position and random numbers.
 
-Written by torch.distributed.checkpoint, every rank its shard, in the background; a checkpoint gets its name
-`step-000100` when every file is on the disk and its checksums stand beside them, so one that has the name is whole. It
-can be read on another number of ranks.
+Written by torch.distributed.checkpoint, every rank its shards, in the background, where every rank also takes the
+checksums of its own files. A state gets its name `step-00000100` when all of that is on the disk, so one that has the
+name is whole, and is found by the next `resume=auto` at once. It can be read on another number of ranks. Learning rate,
+decay and the like are no part of it: they are settings, and those of the run that goes on hold.
 """
 
 import hashlib
@@ -11,21 +12,21 @@ import os
 import random
 import shutil
 import warnings
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.optim import Optimizer
 
 from ..checkpoint import CheckpointError
+from ..ranks import rank, world_size
 from .optim import AveragedWeights
-from .parallel import rank, world_size
 
 CHECKSUMS = "checksums.json"
 # one process needs no group, which it would be reminded of at every checkpoint
@@ -33,21 +34,25 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 class Checkpointer:
-    """The checkpoints of one run, in `folder/step-*`.
+    """The states of one run, in `folder/step-*`.
 
     Args:
         keep: the newest this many stay.
+        milestone_every: states of steps that are a multiple of this stay, too.
     """
 
-    def __init__(self, folder: Path, keep: int):
-        self.folder, self.keep = folder, keep
-        self._pending: tuple[Future, Path, Path] | None = None
-        # gathering what to write is collective, and must not meet the training's own messages
+    def __init__(self, folder: Path, keep: int, milestone_every: int | None = None):
+        self.folder, self.keep, self.milestone_every = folder, keep, milestone_every
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future | None = None
+        # writing is collective, and must not meet the training's own messages
         self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
         if rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             for torn in folder.glob("*.part"):
                 shutil.rmtree(torn)
+        if self._group is not None:
+            dist.barrier(self._group)
 
     def save(
         self,
@@ -61,62 +66,101 @@ class Checkpointer:
 
         Args:
             progress: of this rank, as JSON can hold it: whatever else the run must know to go on.
+        Raises:
+            CheckpointError: the state before this one could not be written.
         """
         self.wait()
-        unfinished = self.folder / f"step-{step:08d}.part"
-        unfinished.mkdir(parents=True, exist_ok=True)
-        (unfinished / f"rank-{rank()}.json").write_text(json.dumps(progress | {"random": random_state()}))
-        state = _state(model, optimizer, average)
-        writer = dcp.FileSystemWriter(unfinished)
-        future = dcp.async_save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
-        self._pending = (future, unfinished, self.folder / f"step-{step:08d}")
+        copied = BlockingAsyncStager().stage(_state(model, optimizer, average))
+        progress = json.dumps(progress | {"random": random_state()})
+        self._pending = self._writer.submit(self._write, step, copied, progress)
+
+    def problem(self) -> str | None:
+        """Why the last state could not be written, as far as is known by now."""
+        if self._pending is not None and self._pending.done() and self._pending.exception() is not None:
+            return str(self._pending.exception())
+        return None
 
     def wait(self) -> None:
-        """Until what was saved last is whole on the disk, under its name."""
-        if self._pending is None:
-            return
-        future, unfinished, final = self._pending
-        self._pending = None
+        """Until what was saved last is whole on the disk, under its name.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _write(self, step: int, copied: dict[str, Any], progress: str) -> None:
+        final = self.folder / f"step-{step:08d}"
+        unfinished = self.folder / f"{final.name}.part"
         try:
-            future.result()
+            unfinished.mkdir(parents=True, exist_ok=True)
+            _write_text(unfinished / f"rank-{rank()}.json", progress)
+            failed = None
+        except OSError as error:
+            failed = error
+        if any(self._of_all(failed is not None)):
+            raise self._cannot_write(unfinished, failed or "on another rank")
+        writer = dcp.FileSystemWriter(unfinished)
+        try:
+            dcp.save(copied, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
         except CheckpointException as error:  # no Exception, and a page of tracebacks
             first, _ = next(iter(error.failures.values()))
-            free = shutil.disk_usage(self.folder).free / 1e9
-            raise CheckpointError(
-                f"{unfinished}: cannot be written, with {free:.1f} GB left on the disk ({first}); the older states are "
-                "whole: make room, and go on with resume=auto"
-            ) from error
-        if self._group is not None:
-            dist.barrier(self._group)
+            raise self._cannot_write(unfinished, first) from error
+        mine = [unfinished / f"rank-{rank()}.json", *unfinished.glob(f"__{rank()}_*")]
         if rank() == 0:
-            sums = {path.name: _checksum(path) for path in sorted(unfinished.iterdir())}
-            (unfinished / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
-            for path in unfinished.iterdir():
-                _to_disk(path)
+            mine.append(unfinished / ".metadata")
+        sums = {path.name: _checksum(path) for path in sorted(mine)}
+        everyone = self._of_all(sums)
+        if rank() == 0:
+            whole = {name: checksum for part in everyone for name, checksum in part.items()}
+            _write_text(unfinished / CHECKSUMS, json.dumps(whole, indent=1))
             if final.exists():  # saved at the same step before
                 shutil.rmtree(final)
             unfinished.rename(final)
             _to_disk(self.folder)
-            for old in whole_checkpoints(self.folder, verify=False)[: -self.keep]:
-                shutil.rmtree(old)
+            self._remove_old()
+        self._of_all(None)
+
+    def _remove_old(self) -> None:
+        for old in named_states(self.folder)[: -self.keep]:
+            if self.milestone_every is None or int(old.name.removeprefix("step-")) % self.milestone_every:
+                # renamed first: a kill on the way leaves nothing that looks like a state
+                torn = old.rename(old.with_suffix(".part"))
+                shutil.rmtree(torn)
+
+    def _of_all(self, value: Any) -> list[Any]:
+        found = [value]
         if self._group is not None:
-            dist.barrier(self._group)
+            found = [None] * world_size()
+            dist.all_gather_object(found, value, group=self._group)
+        return found
+
+    def _cannot_write(self, path: Path, reason: object) -> CheckpointError:
+        free = shutil.disk_usage(self.folder).free / 1e9
+        return CheckpointError(
+            f"{path}: cannot be written, with {free:.1f} GB left on the disk ({reason}); the older states are whole: "
+            "make room, and go on with resume=auto"
+        )
 
 
 def check_space(
-    folder: Path, keep: int, model: nn.Module, optimizer: Optimizer, average: AveragedWeights | None
+    folder: Path, keep: int, models: int, model: nn.Module, optimizer: Optimizer, average: AveragedWeights | None
 ) -> None:
     """Refuse a run whose checkpoints the disk has no room for.
 
+    Args:
+        keep: states that stay.
+        models: copies of the model that are handed on.
     Raises:
         CheckpointError: it says how much there is and how much there must be.
     """
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     moments = sum(2 * p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
     averages = 0 if average is None else sum(a.numel() * a.element_size() for a in average.average.values())
-    there = len(whole_checkpoints(folder / "state", verify=False))
-    # a new state is whole before the oldest goes, and so is the model that is handed on
-    needed = max(keep + 1 - there, 1) * (weights + moments + averages) + 2 * weights
+    there = len(named_states(folder / "state"))
+    # a new state is whole before the oldest goes, and so is a model that replaces another
+    needed = max(keep + 1 - there, 1) * (weights + moments + averages) + (models + 1) * weights
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(
@@ -125,49 +169,68 @@ def check_space(
         )
 
 
-def load(path: Path, model: nn.Module, optimizer: Optimizer, average: AveragedWeights | None) -> dict[str, Any]:
-    """Put the state of the checkpoint `path` into model, optimizer and average.
+def load(path: Path, model: nn.Module, optimizer: Optimizer, average: AveragedWeights | None) -> None:
+    """Put the state `path` into model, optimizer and average, and its random numbers into this process if it was
+    written by as many ranks.
 
-    Returns:
-        this rank's `progress`; on another number of ranks rank 0's, and the random numbers start anew.
     Raises:
-        CheckpointError: a damaged checkpoint, or one of another model.
+        CheckpointError: a state of another model.
     """
-    reason = damage(path)
-    if reason:
-        raise CheckpointError(f"{path}: {reason}; resume from an older one")
     state = _state(model, optimizer, average)
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    for name, tensor in state["model"].items():
-        shape = getattr(stored.get(f"model.{name}"), "size", None)
-        if shape != tensor.shape:
-            found = "nothing" if shape is None else tuple(shape)
-            raise CheckpointError(
-                f"{path}: is of another model: {name} is {tuple(tensor.shape)} here and {found} there; "
-                "resume with the config that it was made with"
-            )
+    for part, tensors in state.items():
+        for name, tensor in tensors.items():
+            found = stored.get(f"{part}.{name}")
+            shape = getattr(found, "size", None)
+            if shape != tensor.shape:
+                there = "nothing" if shape is None else tuple(shape)
+                raise CheckpointError(
+                    f"{path}: is of another model: {part} of {name} is {tuple(tensor.shape)} here and {there} there; "
+                    "resume with the config that it was made with"
+                )
+    # in place: what `_state` gives are the tensors of model, optimizer and average themselves
     dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=world_size() == 1)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    same_ranks = len(list(path.glob("rank-*.json"))) == world_size()
-    progress = json.loads((path / f"rank-{rank() if same_ranks else 0}.json").read_text())
-    if same_ranks:
-        set_random_state(progress["random"])
-    return progress
+    if ranks_of(path) == world_size():
+        set_random_state(read_progress(path)["random"])
 
 
-def _state(model: nn.Module, optimizer: Optimizer, average: AveragedWeights | None) -> dict[str, Any]:
-    weights, moments = get_state_dict(model, optimizer)
-    return {"model": weights, "optimizer": moments} | ({} if average is None else {"average": average.average})
+def read_progress(path: Path) -> dict[str, Any]:
+    """This rank's `progress` in the state `path`; written by another number of ranks, that of rank 0."""
+    same = ranks_of(path) == world_size()
+    return json.loads((path / f"rank-{rank() if same else 0}.json").read_text(encoding="utf-8"))
 
 
-def whole_checkpoints(folder: Path, verify: bool = True) -> list[Path]:
-    """The checkpoints in `folder`, oldest first; with `verify` only those whose checksums are right."""
-    found = sorted(path for path in folder.glob("step-*") if path.suffix != ".part")
-    return [path for path in found if not verify or not damage(path)]
+def ranks_of(path: Path) -> int:
+    """How many ranks wrote the state `path`."""
+    return len(list(path.glob("rank-*.json")))
+
+
+def _state(model: nn.Module, optimizer: Optimizer, average: AveragedWeights | None) -> dict[str, dict[str, Tensor]]:
+    """Every tensor of the state by its name; under FSDP, shards."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    moments = {f"{names[p]}.{key}": value for p, values in optimizer.state.items() for key, value in values.items()}
+    state = {"model": model.state_dict(), "optimizer": moments}
+    return state | ({} if average is None else {"average": average.average})
+
+
+def named_states(folder: Path) -> list[Path]:
+    """The states in `folder`, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.suffix != ".part")
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest state in `folder` whose checksums are right, and those that are newer, each with what is wrong."""
+    damaged = []
+    for path in reversed(named_states(folder)):
+        reason = damage(path)
+        if reason is None:
+            return path, damaged
+        damaged.append((path, reason))
+    return None, damaged
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """What is wrong with a state, or None."""
     if not (path / CHECKSUMS).is_file():
         return f"no {CHECKSUMS} there, so this is no checkpoint of a run"
     sums = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
@@ -204,8 +267,15 @@ def _checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _to_disk(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

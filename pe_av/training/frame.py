@@ -1,42 +1,52 @@
 """Frame-level training (PE-A-Frame): which frames of a sound a caption is about. `python -m pe_av.training.frame`
 
-With no data given it renders a small world of sounds and learns to find the one that is asked for.
+With no data given it renders a small world of sounds and learns to find the one that is asked for. It is a `run.Task`
+like the contrastive training, so ranks, states, signals and logs are the same.
 """
 
-import json
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-import yaml
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from ..checkpoint import build_model, load_model, save_model
+from ..checkpoint import build_model, load_model
 from ..config import ConfigError, FrameTrainConfig
 from ..config_files import run_command
-from ..data.dataset import to_device
+from ..data.dataset import load_into_memory
+from ..data.frame_clips import FrameClip, FrameCollate, FrameReader, read_frame_manifest
 from ..data.frame_demo import prepare_frame_demo
+from ..data.loader import BatchSampler, Loader
+from ..data.parts import to_device
 from ..data.processor import Processor
 from ..data.tokenizer import train_tokenizer
-from ..device import pick_device, precision_context
 from ..evaluation.localization import localization_metrics
-from ..evaluation.report import write_metrics
 from ..model.frame import PEAudioFrame
-from .optim import AveragedWeights, build_optimizer, build_schedule, freeze
-from .parallel import clip_gradients
+from ..ranks import of_all_ranks, rank, world_size
+from .optim import freeze
+from .run import Evaluation, train
 from .setup import calibrate
+
+FIGURES = ("AP", "F1", "best F1", "IoU", "loss")
 
 
 def frame_loss(
-    audio: Tensor, text: Tensor, scale: Tensor, bias: Tensor, targets: Tensor, mask: Tensor, captions: Tensor
+    audio: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    mask: Tensor,
+    captions: Tensor,
+    first: int = 0,
+    frames: int | None = None,
 ) -> Tensor:
     """Sigmoid loss of every frame with every caption of the batch.
 
@@ -45,173 +55,243 @@ def frame_loss(
     another row's equal caption asks for, so pairs of different rows with the same caption are left out.
 
     Args:
-        audio: (B, T, D) frame embeddings; text: (B, D); scale, bias: (1,).
-        targets: (B, T) bool, frames of row i that caption i is about.
-        mask: (B, T) bool, valid frames, the number of which is the 1 / frames above.
-        captions: (B,) integers, equal where captions are.
+        audio: (B, T, D) frame embeddings; text: (N, D), all captions of the batch; scale, bias: (1,).
+        targets: (B, T) bool, frames of row i that its caption is about.
+        mask: (B, T) bool, valid frames.
+        captions: (N,) integers, equal where captions are.
+        first: the caption of row i is number `first` + i.
+        frames: of the whole batch, the 1 / frames above; None: those of `mask`.
     """
     with torch.autocast(audio.device.type, enabled=False):
         logits = scale.float() * torch.einsum("itd,jd->itj", audio.float(), text.float()) + bias.float()
-    own = torch.eye(len(text), dtype=torch.bool, device=text.device)[:, None]  # (B, 1, B)
+    mine = torch.arange(first, first + len(audio), device=text.device)
+    own = (mine[:, None] == torch.arange(len(text), device=text.device))[:, None]  # (B, 1, N)
     positive = own & targets[..., None]
-    counted = mask[..., None] & (own | (captions[:, None] != captions)[:, None])
+    counted = mask[..., None] & (own | (captions[mine][:, None] != captions)[:, None])
     losses = F.softplus(torch.where(positive, -logits, logits))
-    return losses.masked_fill(~counted, 0).sum() / mask.sum()
+    return losses.masked_fill(~counted, 0).sum() / (mask.sum() if frames is None else frames)
 
 
-class FrameDataset(Dataset):
-    """{"caption", "spans", "codec_features"} of the lines of a manifest, decoded once and kept."""
+class FrameEmbedder(nn.Module):
+    """The model as a function of a part of a batch: "audio" (rows, T, D), "text" (rows, D), "logits" (rows, T)."""
 
-    def __init__(self, manifest: Path, processor: Processor, model: PEAudioFrame, device: torch.device, title: str):
-        self.items = []
-        with torch.no_grad():
-            for line in track(_lines(manifest), title, console=Console(stderr=True)):
-                waveform = processor.audio_item(manifest.parent / line["path"])
-                features = model.audio.encode(waveform[None, None].to(device))[0][0].cpu()
-                self.items.append({"caption": line["caption"], "spans": line["spans"], "codec_features": features})
+    def __init__(self, model: PEAudioFrame):
+        super().__init__()
+        self.model = model
 
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.items[index]
+    def forward(self, part: dict[str, Any]) -> dict[str, Tensor]:
+        out = self.model(**part["inputs"])
+        found = {"audio": out.audio_embeds, "text": out.text_embeds, "logits": out.logits}
+        return {name: value[: part["size"]] for name, value in found.items()}
 
 
-def collate(items: list[dict[str, Any]], processor: Processor, seconds_per_frame: float) -> dict[str, Any]:
-    """Items to {"inputs": the model's, "targets" (B, T), "mask" (B, T), "captions" (B,)}."""
-    captions = [item["caption"] for item in items]
-    numbers = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
-    features = [item["codec_features"] for item in items]
-    length = torch.tensor([len(feature) for feature in features])
-    middle = (torch.arange(int(length.max())) + 0.5) * seconds_per_frame
-    inside = [[(a <= middle) & (middle < b) for a, b in item["spans"]] for item in items]
-    empty = torch.zeros(len(middle), dtype=torch.bool)
-    mask = torch.arange(len(middle)) < length[:, None]
-    return {
-        "inputs": processor.batch_text(captions)
-        | {"codec_features": pad_sequence(features, batch_first=True), "padding_mask": mask},
-        "targets": torch.stack([torch.stack([empty, *each]).any(0) for each in inside]),
-        "mask": mask,
-        "captions": torch.tensor([numbers[caption] for caption in captions]),
-    }
+class FrameLevel:
+    """The `run.Task` of `python -m pe_av.training.frame`."""
+
+    figures = list(FIGURES)
+    falling = ["loss"]
+
+    def __init__(self, config: FrameTrainConfig, device: torch.device, console: Console):
+        self.config, self.device = config, device
+        demo = config.train is None
+        manifests = prepare_frame_demo(config.demo) if demo else (Path(config.train), Path(config.eval))
+        clips = [read_frame_manifest(path) for path in manifests]
+        self.items = sum(map(len, clips))
+        if len(clips[0]) < config.batch_size:
+            raise ConfigError(f"{len(clips[0])} recordings do not fill batch_size={config.batch_size}: lower it")
+        self.model, self.processor = self._model(clips[0], console)
+        freeze(self.model, config.optim.freeze)
+        self.embedder = FrameEmbedder(self.model)
+        self.train_loader, self.eval_loader = (
+            self._loader(some, training=number == 0, in_memory=demo) for number, some in enumerate(clips)
+        )
+
+    def start(self, embedder: nn.Module) -> dict[str, float]:
+        return {}
+
+    def split(self, batch: dict[str, Any], size: int | None) -> list[dict[str, Any]]:
+        total = len(batch["ids"])
+        size = max(total, 1) if size is None else size
+        return [
+            {
+                "inputs": {name: value[start : start + size] for name, value in batch["inputs"].items()},
+                "texts": {},
+                "size": min(size, total - start),
+            }
+            for start in range(0, total, size)
+        ]
+
+    def runs_of(self, part: dict[str, Any] | None) -> list[str]:
+        return [] if part is None else [name for name in ("input_values", "codec_features") if name in part["inputs"]]
+
+    def with_runs(self, part: dict[str, Any] | None, runs: list[str]) -> dict[str, Any]:
+        if part is not None or not runs:
+            return part or {"inputs": {}, "texts": {}, "size": 0}
+        codec = self.model.config.audio.codec
+        shape = {"input_values": (1, 1, codec.hop_length), "codec_features": (1, 1, codec.codebook_dim)}[runs[0]]
+        nothing = {"input_ids": torch.tensor([[self.model.config.text.pad_token_id]]), runs[0]: torch.zeros(shape)}
+        return {"inputs": nothing, "texts": {}, "size": 0}
+
+    def count(self, batch: dict[str, Any]) -> dict[str, int]:
+        return {"frames": int(batch["mask"].sum())}
+
+    def wanted(self, counts: dict[str, int], runs: list[str]) -> list[str]:
+        return runs if counts["frames"] else []
+
+    def loss(
+        self, embeds: dict[str, Tensor], batch: dict[str, Any], counts: dict[str, int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Every rank's frames with the captions of all ranks. The gradients of the scale and the bias are the whole
+        ones on every rank, those of embeddings `world_size` times theirs, since they are averaged later."""
+        given = to_device({name: batch[name] for name in ("targets", "mask", "captions")}, self.device)
+        rows, pair = of_all_ranks(len(embeds["text"])), self.model.logits
+        text, captions = (_TextsOfAll.apply(value, rows) for value in (embeds["text"], given["captions"]))
+        scale, bias = _OfAllFrames.apply(pair.scale), _OfAllFrames.apply(pair.bias)
+        first = sum(rows[: rank()])
+        mine = frame_loss(
+            embeds["audio"], text, scale, bias, given["targets"], given["mask"], captions, first, counts["frames"]
+        )
+        total = mine.detach().clone()
+        if world_size() > 1:
+            dist.all_reduce(total)
+        return mine * world_size(), {"loss": total}
+
+    @torch.no_grad()
+    def evaluate(self, embedder: nn.Module, folder: Path, step: int, history: list[dict[str, Any]]) -> Evaluation:
+        """Figures on held-out recordings, and the first of them as a picture, `spans.png`."""
+        was_training = embedder.training
+        embedder.eval()
+        pair, mine = self.model.logits, []
+        shown = Console(stderr=True, quiet=rank() > 0)
+        for batch in track(self.eval_loader, "evaluating", console=shown, transient=True):
+            (part,) = self.split(batch, None) or [None]
+            runs = sorted({run for theirs in of_all_ranks(self.runs_of(part)) for run in theirs})
+            told = {"bad": batch["bad"], "partial": batch["partial"], "read": batch["read"], "rows": [], "loss": None}
+            if runs:
+                found = embedder(to_device(self.with_runs(part, runs), self.device))
+            if part is not None:
+                given = to_device({name: batch[name] for name in ("targets", "mask", "captions")}, self.device)
+                target, mask = given["targets"], given["mask"]
+                loss = frame_loss(found["audio"], found["text"], pair.scale, pair.bias, target, mask, given["captions"])
+                lengths, probability = mask.sum(1).tolist(), found["logits"].float().sigmoid().cpu()
+                told["loss"] = loss.item()
+                told["rows"] = [(probability[i, :n], batch["targets"][i, :n]) for i, n in enumerate(lengths)]
+            mine.append(told)
+        embedder.train(was_training)
+        batches = [batch for turn in zip(*of_all_ranks(mine), strict=True) for batch in turn]
+        rows = [row for batch in batches for row in batch["rows"]]
+        if not rows:
+            raise ConfigError("none of the recordings to evaluate on can be read: see bad_items.jsonl")
+        scores, targets = zip(*rows, strict=True)
+        losses = [batch["loss"] for batch in batches if batch["loss"] is not None]
+        metrics = localization_metrics(scores, targets, threshold=0.5) | {"loss": sum(losses) / len(losses)}
+        if rank() == 0:
+            self._draw(scores, targets, folder / "spans.png")
+        bad, partial = (sum((batch[name] for batch in batches), []) for name in ("bad", "partial"))
+        figures = {name: metrics[name] for name in FIGURES}
+        line = "  ".join(f"{name} {value:.3g}" for name, value in metrics.items())
+        return Evaluation(metrics, figures, line, sum(batch["read"] for batch in batches), bad, partial)
+
+    def line(self, row: dict[str, float]) -> str:
+        return f"loss {row['loss']:.3f}"
+
+    def show(self, metrics: dict[str, Any]) -> None:
+        print("  ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
+
+    def close(self) -> None:
+        self.train_loader.close()
+        self.eval_loader.close()
+
+    def _loader(self, clips: Sequence[FrameClip], training: bool, in_memory: bool) -> Loader:
+        config, read, workers = (
+            self.config,
+            FrameReader(self.processor, self.config.max_seconds),
+            self.config.num_workers,
+        )
+        items: Sequence[Any] = clips
+        if in_memory:
+
+            def encode(waveform: Tensor) -> Tensor:
+                return self.model.audio.encode(waveform.to(self.device))[0].cpu()
+
+            title = f"reading the {'training' if training else 'evaluation'} recordings"
+            encoder = None if self.model.config.audio.codec.trainable else encode
+            items, read, workers = load_into_memory(clips, read, workers, encoder, title, config.time_limit), dict, 0
+        size = config.batch_size if training else config.eval_batch_size
+        sampler = BatchSampler(len(clips), size, shuffle=training, seed=config.seed, rank=rank(), world=world_size())
+        collate = FrameCollate(self.processor, self.model.seconds_per_frame)
+        return Loader(items, read, sampler, collate, workers, config.time_limit, self.device.type == "cuda")
+
+    def _model(self, clips: Sequence[FrameClip], console: Console) -> tuple[PEAudioFrame, Processor]:
+        config, device = self.config, self.device
+        if config.checkpoint is not None:
+            model = load_model(config.checkpoint, device)
+            if not isinstance(model, PEAudioFrame):
+                raise ConfigError(f"{config.checkpoint} is no PEAudioFrame: convert or train one")
+            return model.float().train(), Processor.from_pretrained(config.checkpoint)
+        model: PEAudioFrame = build_model(config.model, device)
+        tokenizer = train_tokenizer((clip.caption for clip in clips), config.model.text.vocab_size)
+        processor = Processor(config.model, tokenizer)
+        read = FrameReader(processor, config.max_seconds)
+        waveforms = (item["waveform"] for item in map(read, clips) if "waveform" in item)
+        calibrate(model.audio.codec, waveforms, config.model.audio.codec.sampling_rate, device)
+        return model.train(), processor
+
+    def _draw(self, scores: Sequence[Tensor], targets: Sequence[Tensor], path: Path) -> None:
+        figure = Figure(figsize=(9, 6), layout="constrained")
+        for axis, score, target in zip(figure.subplots(6, 1, sharex=True), scores, targets, strict=False):
+            seconds = torch.arange(len(score)) * self.model.seconds_per_frame
+            axis.fill_between(seconds, target.float(), step="post", color="tab:green", alpha=0.3, label="asked for")
+            axis.step(seconds, score, where="post", color="tab:blue", label="probability")
+            axis.set_ylim(0, 1)
+        figure.axes[0].legend(loc="upper right")
+        figure.axes[-1].set_xlabel("seconds")
+        figure.savefig(path)
 
 
-def train(config: FrameTrainConfig, folder: Path) -> dict[str, float]:
-    """The whole run; writes `config.yaml`, `metrics.json`, `history.jsonl`, `spans.png` and `checkpoint/`.
+class _TextsOfAll(torch.autograd.Function):
+    """(B, …) of every rank -> (N, …); the gradient of a rank's rows is what all ranks have for them."""
 
-    Returns:
-        the figures on the held-out recordings (`evaluation.localization.localization_metrics`).
-    """
-    console, device = Console(stderr=True), pick_device(config.device)
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(config.seed)
-    if config.train is None or config.eval is None:
-        manifests = prepare_frame_demo(config.demo)
-    else:
-        manifests = Path(config.train), Path(config.eval)
-    model, processor = _model(config, manifests[0], device)
-    freeze(model, config.optim.freeze)
-    sets = [FrameDataset(m, processor, model, device, f"reading {m.name}") for m in manifests]
-    if len(sets[0]) < config.batch_size:
-        raise ConfigError(f"{len(sets[0])} recordings do not fill batch_size={config.batch_size}: lower it")
-    together = partial(collate, processor=processor, seconds_per_frame=model.seconds_per_frame)
-    order = torch.Generator().manual_seed(config.seed)
-    loader = DataLoader(sets[0], config.batch_size, shuffle=True, drop_last=True, generator=order, collate_fn=together)
-    optimizer = build_optimizer(model, config.optim)
-    schedule = build_schedule(optimizer, config.optim, config.steps)
-    average = None if config.optim.ema is None else AveragedWeights(model, config.optim.ema)
-    autocast = precision_context(config.precision, device)
-    (folder / "config.yaml").write_text(
-        yaml.safe_dump(asdict(config) | {"model": asdict(model.config)}, sort_keys=False), encoding="utf-8"
-    )
-    model.train()
-    with (folder / "history.jsonl").open("w", encoding="utf-8") as history:
-        for step in track(range(1, config.steps + 1), "training", console=console):
-            if (step - 1) % len(loader) == 0:
-                batches = iter(loader)
-            batch = next(batches)
-            with autocast:
-                out = model(**to_device(batch["inputs"], device))
-            target, mask, captions = (batch[name].to(device) for name in ("targets", "mask", "captions"))
-            pair = model.logits
-            loss = frame_loss(out.audio_embeds, out.text_embeds, pair.scale, pair.bias, target, mask, captions)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            clip_gradients([p for p in model.parameters() if p.requires_grad], config.optim.clip_norm)
-            optimizer.step()
-            schedule.step()
-            if average is not None:
-                average.update(model)
-            if step % config.log_every == 0 or step == config.steps:
-                if not loss.isfinite():
-                    raise ConfigError(f"the loss is {loss.item()} at step {step}: lower optim.lr")
-                history.write(json.dumps({"step": step, "loss": loss.item()}) + "\n")
-                history.flush()
-    if average is not None:
-        average.swap(model)
-    metrics = evaluate(model.eval(), DataLoader(sets[1], config.batch_size, collate_fn=together), device, folder)
-    save_model(model, folder / "checkpoint")
-    processor.save_pretrained(folder / "checkpoint")
-    console.print("  ".join(f"{name} {value:.3g}" for name, value in metrics.items()), f"\nwritten to {folder}")
-    return metrics
+    @staticmethod
+    def forward(ctx, mine: Tensor, rows: list[int]) -> Tensor:
+        ctx.first, ctx.count = sum(rows[: rank()]), len(mine)
+        if world_size() == 1:
+            return mine.clone()
+        padded = mine.new_zeros(max(rows), *mine.shape[1:])
+        padded[: len(mine)] = mine
+        found = [torch.empty_like(padded) for _ in rows]
+        dist.all_gather(found, padded)
+        return torch.cat([part[:count] for part, count in zip(found, rows, strict=True)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        if world_size() > 1:
+            gradient = gradient.contiguous()
+            dist.all_reduce(gradient)
+        return gradient[ctx.first : ctx.first + ctx.count], None
 
 
-@torch.no_grad()
-def evaluate(model: PEAudioFrame, batches: DataLoader, device: torch.device, folder: Path) -> dict[str, float]:
-    """Figures on held-out recordings into `metrics.json`, and the first of them as a picture, `spans.png`."""
-    scores, targets = [], []
-    for batch in batches:
-        probability = model(**to_device(batch["inputs"], device)).logits.sigmoid().cpu()
-        for row, length in enumerate(batch["mask"].sum(1).tolist()):
-            scores.append(probability[row, :length])
-            targets.append(batch["targets"][row, :length])
-    metrics = localization_metrics(scores, targets, threshold=0.5)
-    write_metrics(folder / "metrics.json", metrics)
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    for axis, score, target in zip(figure.subplots(6, 1, sharex=True), scores, targets, strict=False):
-        seconds = torch.arange(len(score)) * model.seconds_per_frame
-        axis.fill_between(seconds, target.float(), step="post", color="tab:green", alpha=0.3, label="asked for")
-        axis.step(seconds, score, where="post", color="tab:blue", label="probability")
-        axis.set_ylim(0, 1)
-    figure.axes[0].legend(loc="upper right")
-    figure.axes[-1].set_xlabel("seconds")
-    figure.savefig(folder / "spans.png")
-    return metrics
+class _OfAllFrames(torch.autograd.Function):
+    """A scalar that every rank uses with its own frames; its gradient, on every rank, is that of the whole loss."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        if world_size() > 1:
+            gradient = gradient.contiguous()
+            dist.all_reduce(gradient)
+            gradient = gradient / world_size()
+        return gradient
 
 
-def _model(config: FrameTrainConfig, manifest: Path, device: torch.device) -> tuple[PEAudioFrame, Processor]:
-    if config.checkpoint is not None:
-        model = load_model(config.checkpoint, device)
-        if not isinstance(model, PEAudioFrame):
-            raise ConfigError(f"{config.checkpoint} is no PEAudioFrame: convert or train one")
-        return model, Processor.from_pretrained(config.checkpoint)
-    model: PEAudioFrame = build_model(config.model, device)
-    tokenizer = train_tokenizer((line["caption"] for line in _lines(manifest)), config.model.text.vocab_size)
-    processor = Processor(config.model, tokenizer)
-    waveforms = (processor.audio_item(manifest.parent / line["path"]) for line in _lines(manifest))
-    calibrate(model.audio.codec, waveforms, config.model.audio.codec.sampling_rate, device)
-    return model, processor
-
-
-def _lines(manifest: Path) -> list[dict[str, Any]]:
-    """{"path", "caption", "spans"} of each line of a JSONL manifest; the error names the line that is not like that."""
-    if not manifest.is_file():
-        raise ConfigError(f"{manifest}: no such manifest")
-    lines = []
-    for number, text in enumerate(manifest.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            line = json.loads(text)
-            spans = [[float(start), float(end)] for start, end in line["spans"]]
-            fits = isinstance(line["path"], str) and line["caption"].strip() and all(a < b for a, b in spans)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            fits = False
-        if not fits:
-            raise ConfigError(
-                f'{manifest}:{number}: not {{"path": …, "caption": …, "spans": [[start_s, end_s], …]}} with start < end'
-            )
-        lines.append(line)
-    return lines
+def main(config: FrameTrainConfig, folder: Path) -> None:
+    train(config, folder, FrameLevel)
 
 
 if __name__ == "__main__":
-    run_command(FrameTrainConfig, "train_frame", train)
+    run_command(FrameTrainConfig, "train_frame", main)

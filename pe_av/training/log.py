@@ -1,9 +1,10 @@
 """What a run tells of itself as it goes on: the history, `history.jsonl`, TensorBoard, Weights & Biases, one line."""
 
 import json
+import math
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from ..config import ConfigError, Pairing
-from ..evaluation.metrics import public_name
-from .parallel import rank, world_size
+from ..config import ConfigError
+from ..ranks import rank, world_size
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}  # bf16 per second, dense, by name
 
@@ -33,7 +33,8 @@ class Log:
         if rank() == 0:
             if self.path.is_file():
                 self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+            # what was shown of later steps, before a kill, is taken back
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
             if wandb_project is not None:
                 self._wandb = _start_wandb(wandb_project, folder, settings)
 
@@ -80,17 +81,20 @@ class Window:
         self.clips, self.waited, self.started = 0, 0.0, time.perf_counter()
 
     def means(self) -> dict[str, float]:
-        return {key: torch.stack([row[key] for row in self.rows]).float().mean().item() for key in self.rows[0]}
+        """Of every figure over the steps that have it; what none has is not there. The only copy to the host."""
+        keys = dict.fromkeys(key for row in self.rows for key in row)
+        means = [torch.stack([row[key] for row in self.rows if key in row]).float().nanmean() for key in keys]
+        return {k: v for k, v in zip(keys, torch.stack(means).tolist(), strict=True) if not math.isnan(v)}
 
     def speed(self) -> dict[str, float]:
         seconds = time.perf_counter() - self.started
         return {"clips_per_second": self.clips / seconds, "data_wait": self.waited / seconds}
 
 
-def learned(logits: nn.ModuleDict) -> dict[str, float]:
-    """Scale and bias of every pairing."""
-    pairs = {f"{name}_{part}": getattr(pair, part) for name, pair in logits.items() for part in ("scale", "bias")}
-    return dict(zip(pairs, torch.cat([value.detach().flatten() for value in pairs.values()]).tolist(), strict=True))
+def learned(logits: nn.Module) -> dict[str, float]:
+    """Every scale and bias of the logits, by pairing where there are several."""
+    found = {name.replace(".", "_"): value for name, value in logits.named_parameters()}
+    return dict(zip(found, torch.cat([value.detach().flatten() for value in found.values()]).tolist(), strict=True))
 
 
 def machine_use(device: torch.device, clip_flops: float, clips_per_second: float) -> dict[str, float]:
@@ -107,19 +111,6 @@ def machine_use(device: torch.device, clip_flops: float, clips_per_second: float
     return used if peak is None else used | {"flop_utilization": clip_flops * clips_per_second / world_size() / peak}
 
 
-def summary(row: Mapping[str, float], pairings: Sequence[Pairing]) -> str:
-    """loss 12.3 = a·t 2.1 …  830 clips/s"""
-    parts = " ".join(f"{_short(p.left, p.right, p.caption)} {row[f'{p.name}_loss']:.2f}" for p in pairings)
-    return f"loss {row['loss']:.2f} = {parts}  {row['clips_per_second']:.0f} clips/s"
-
-
-def _short(left: str, right: str, caption: str | None) -> str:
-    """audio_plus_text, video -> a+t·v; with the kind of caption behind it"""
-    sides = (public_name(side).replace("_", "+").split("+") for side in (left, right))
-    short = "·".join("+".join(word[0] for word in side) for side in sides)
-    return short if caption is None else f"{short}@{''.join(word[0] for word in caption.split('_'))}"
-
-
 def _rows_until(step: int, path: Path) -> list[dict[str, float]]:
     if not path.is_file():
         return []
@@ -133,4 +124,8 @@ def _start_wandb(project: str, folder: Path, settings: dict[str, Any]) -> Any:
         import wandb
     except ImportError:
         raise ConfigError(f"wandb_project={project} needs Weights & Biases: pip install wandb, or unset it") from None
-    return wandb.init(project=project, dir=str(folder), name=folder.name, config=settings)
+    noted = folder / "wandb_id.txt"  # by which a run that goes on is the same run there
+    if not noted.is_file():
+        noted.write_text(wandb.util.generate_id(), encoding="utf-8")
+    name = noted.read_text(encoding="utf-8").strip()
+    return wandb.init(project=project, dir=str(folder), name=folder.name, id=name, resume="allow", config=settings)

@@ -23,16 +23,22 @@ class Adapter(nn.Module):
 
 
 def add_adapters(model: PEAudioVideo, config: LoraConfig) -> None:
-    """An adapter at every linear layer of the repeated blocks; of the rest only heads, scales and biases train on."""
-    trainable = {
-        name for name, p in model.named_parameters() if p.requires_grad and name.startswith(("heads.", "logits."))
-    }
+    """An adapter at every linear layer of the repeated blocks; of the rest only heads, scales and biases train on.
+
+    What is frozen already (`optim.freeze`, a part whose features are cached) stays as it is and gets no adapter.
+    """
+    adapted = [
+        module
+        for block in model.blocks()
+        for module in block.modules()
+        if isinstance(module, nn.Linear) and module.weight.requires_grad
+    ]
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trainable)
-    for block in model.blocks():
-        for module in [m for m in block.modules() if isinstance(m, nn.Linear)]:
-            module.adapter = Adapter(module, config.rank, config.alpha)
-            module.register_forward_hook(lambda module, inputs, output: output + module.adapter(inputs[0]))
+        if not name.startswith(("heads.", "logits.")):
+            parameter.requires_grad_(False)
+    for module in adapted:
+        module.adapter = Adapter(module, config.rank, config.alpha)
+        module.register_forward_hook(lambda module, inputs, output: output + module.adapter(inputs[0]))
 
 
 @torch.no_grad()

@@ -3,6 +3,8 @@
 The loss needs the embeddings of the whole batch, but not the activations behind them. So: embed every micro-batch
 without a graph, take the loss and its gradient at the embeddings, then embed every micro-batch again, with a graph and
 the same random numbers, and send its rows of that gradient through. The gradients are those of the whole batch.
+
+A micro-batch travels to the device when its turn comes, so `micro_batch_size` bounds all that a step holds there.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.parts import to_device
 from .parallel import gradients_stay_local
 
 
@@ -18,43 +21,71 @@ def backward(
     embedder: nn.Module,
     micro_batches: Sequence[dict[str, Any]],
     loss_of: Callable[[dict[str, Tensor]], tuple[Tensor, Any]],
+    device: torch.device,
     last: bool = True,
 ) -> Any:
     """Gradients of the whole batch into the parameters.
 
     Args:
-        embedder: a micro-batch -> name -> (rows, D) embeddings, the same names for all.
-        micro_batches: what the embedder takes, in the order of the rows.
+        embedder: a micro-batch -> name -> (rows, …) embeddings. Micro-batches may give different names, where clips
+            lack something; an embedding that one of them does not give is zero there.
+        micro_batches: what the embedder takes, in the order of the rows (`data.parts`), at least one of them not empty;
+            on several ranks as many on each, computing the same.
         loss_of: embeddings of all rows -> scalar loss, and whatever is to be returned.
+        device: where the embedder computes.
         last: whether ranks average their gradients now; False if another batch follows before the optimizer's step.
     Returns:
         the second that `loss_of` gave.
     """
     if len(micro_batches) == 1:
         with gradients_stay_local(embedder, not last):
-            loss, result = loss_of(embedder(micro_batches[0]))
+            loss, result = loss_of(embedder(to_device(micro_batches[0], device)))
             loss.backward()
         return result
-    states, parts = [], []
-    for inputs in micro_batches:
+    # a part in which nothing is to be computed, on any rank, has rows all the same
+    last_of_all = max(index for index, part in enumerate(micro_batches) if _computes(part))
+    states, embedded = [], []
+    for part in micro_batches:
         states.append(_random_state())
         with torch.no_grad():
-            parts.append(embedder(inputs))
+            embedded.append(embedder(to_device(part, device)) if _computes(part) else {})
     after = _random_state()
-    whole = {name: torch.cat([part[name] for part in parts]).requires_grad_() for name in parts[0]}
+    sizes = [part["size"] for part in micro_batches]
+    whole = joined(embedded, sizes)
+    for value in whole.values():
+        value.requires_grad_()
     loss, result = loss_of(whole)
     loss.backward()  # as far as the embeddings, and into the logit scales and biases
     start = 0
-    for index, inputs in enumerate(micro_batches):
-        _set_random_state(states[index])
-        with gradients_stay_local(embedder, not last or index < len(micro_batches) - 1):
-            embeds = embedder(inputs)
-            rows = slice(start, start + len(next(iter(embeds.values()))))
-            wanted = [name for name, embeddings in whole.items() if embeddings.grad is not None]
-            torch.autograd.backward([embeds[name] for name in wanted], [whole[name].grad[rows] for name in wanted])
-        start = rows.stop
+    for index, (part, size) in enumerate(zip(micro_batches, sizes, strict=True)):
+        if _computes(part):
+            _set_random_state(states[index])
+            with gradients_stay_local(embedder, not last or index < last_of_all):
+                embeds = embedder(to_device(part, device))
+                wanted = [name for name in embeds if whole[name].grad is not None]
+                gradients = [whole[name].grad[start : start + size] for name in wanted]
+                torch.autograd.backward([embeds[name] for name in wanted], gradients)
+        start += size
     _set_random_state(after)
     return result
+
+
+def _computes(part: dict[str, Any]) -> bool:
+    return bool(part["inputs"] or part["texts"])
+
+
+def joined(embedded: Sequence[dict[str, Tensor]], sizes: Sequence[int]) -> dict[str, Tensor]:
+    """Embeddings of consecutive rows, one after the other; zeros where a name is missing."""
+    like = {name: value for embeds in embedded for name, value in embeds.items()}
+    return {
+        name: torch.cat(
+            [
+                embeds[name] if name in embeds else value.new_zeros(size, *value.shape[1:])
+                for embeds, size in zip(embedded, sizes, strict=True)
+            ]
+        )
+        for name, value in like.items()
+    }
 
 
 def _random_state() -> tuple[Tensor, Tensor | None]:

@@ -7,9 +7,9 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
 from ..config import ConfigError, OptimConfig
+from .parallel import local_part
 
 # what comes before the layers of a tower, and so is the furthest from its output
 BEFORE_LAYERS = ("embedding", "embedding_norm", "patch_embed", "class_token", "position", "pre_norm", "conv_blocks")
@@ -48,26 +48,47 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
             groups[scales[name], decay].append(parameter)
     if not groups:
         raise ConfigError("every parameter is frozen, so there is nothing to train: name fewer parts in optim.freeze")
-    return AdamW(
-        [{"params": each, "lr": config.lr * scale, "weight_decay": decay} for (scale, decay), each in groups.items()],
+    # fused: it can leave out a step without the host having to know (`take_step`)
+    optimizer = AdamW(
+        [{"params": each, "scale": scale, "weight_decay": decay} for (scale, decay), each in groups.items()],
+        lr=config.lr,
         betas=tuple(config.betas),
         eps=config.eps,
-        fused=all(parameter.is_cuda for each in groups.values() for parameter in each),
+        fused=True,
     )
+    # from the start, as AdamW does it at a parameter's first gradient: so every saved state holds the same tensors
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    return optimizer
 
 
-def build_schedule(optimizer: AdamW, config: OptimConfig, steps: int) -> LambdaLR:
-    """Linear warm-up over `warmup_steps`, then half a cosine down to `final_lr_ratio` at step `steps`, or constant."""
+def set_learning_rate(optimizer: AdamW, config: OptimConfig, step: int, steps: int) -> float:
+    """The rate of step `step`, counted from 0, of `steps`, which is returned: linear warm-up over `warmup_steps`, then
+    half a cosine down to `final_lr_ratio` at the end, or constant; times the factor of each group."""
+    rate = config.lr * _course(config, step, steps)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]
+    return rate
 
-    def ratio(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
-        if config.schedule == "constant":
-            return 1.0
-        progress = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
-        return config.final_lr_ratio + (1 - config.final_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
 
-    return LambdaLR(optimizer, ratio)
+def take_step(optimizer: AdamW, wrong: Tensor) -> None:
+    """A step of the optimizer, or none at all where `wrong`, a scalar of 0 or 1, is 1. Nobody waits for its value."""
+    optimizer.found_inf = wrong.float()
+    optimizer.step()
+
+
+def _course(config: OptimConfig, step: int, steps: int) -> float:
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
+    return config.final_lr_ratio + (1 - config.final_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
 
 
 class AveragedWeights:
@@ -78,10 +99,12 @@ class AveragedWeights:
         self.average = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self, model: nn.Module, wrong: Tensor) -> None:
+        """After a step, unless it was left out, where `wrong` is 1."""
+        weight = (1 - self.decay) * (1 - wrong.float())
         for name, parameter in model.named_parameters():
             if name in self.average:
-                self.average[name].lerp_(parameter, 1 - self.decay)
+                local_part(self.average[name]).lerp_(local_part(parameter), weight)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:

@@ -12,14 +12,14 @@ from ..checkpoint import build_model, load_model
 from ..config import ConfigError, TrainConfig
 from ..conversion.warm_start import warm_start
 from ..data.cache import reader_for
-from ..data.dataset import BadItems, ClipReader, Collate, load_into_memory
+from ..data.dataset import ClipReader, Collate, load_into_memory
 from ..data.loader import BatchSampler, Loader
 from ..data.manifest import Manifest, read_manifest
 from ..data.processor import Processor
 from ..data.tokenizer import read_tokenizer, train_tokenizer
 from ..model.codec import CodecEncoder
 from ..model.peav import PEAudioVideo
-from .parallel import rank, world_size
+from ..ranks import rank, world_size
 
 CALIBRATION_CLIPS = 12  # of which a random codec hears the first second
 
@@ -68,27 +68,26 @@ def prepare_loaders(
     device: torch.device,
     train_clips: Manifest,
     eval_clips: Manifest,
-    bad: BadItems,
 ) -> tuple[Loader, Loader]:
-    """The training and the evaluation clips in batches for this device; `bad` hears of what cannot be read."""
+    """The training and the evaluation clips in batches for this device."""
     data = config.data
 
     def codec_features(waveform: Tensor) -> Tensor:
         return model.audio.encode(waveform.to(device))[0].cpu()
 
     kinds = tuple(dict.fromkeys(pairing.caption for pairing in config.loss.pairings if pairing.weight))
+    ranks = {"rank": rank(), "world": world_size()}
     train = BatchSampler(
         len(train_clips),
-        config.batch_size // world_size(),
+        config.batch_size,
         shuffle=True,
         seed=config.seed,
         lengths=train_clips.lengths(data.max_seconds),
         parts=train_clips.parts(),
         max_tokens=data.batch_tokens,
-        rank=rank(),
-        world=world_size(),
+        **ranks,
     )
-    evaluation = BatchSampler(len(eval_clips), config.eval_batch_size)
+    evaluation = BatchSampler(len(eval_clips), config.eval_batch_size, **ranks)
     loaders = []
     for title, clips, sampler in (("training", train_clips, train), ("evaluation", eval_clips, evaluation)):
         read: Callable[[Any], dict[str, Any]] = reader_for(data, model, processor)
@@ -98,9 +97,9 @@ def prepare_loaders(
             encode = None if model.config.audio.codec.trainable else codec_features
             title = f"reading the {title} clips"
             items = load_into_memory(clips, read, workers, encode, title, data.time_limit)
-            bad.add(item for item in items if "error" in item)
             read, workers = dict, 0
-        collate = Collate(processor, kinds if sampler is train else (None,))
+        # held-out clips also have one caption for all, by which they are found
+        collate = Collate(processor, kinds if sampler is train else tuple(dict.fromkeys((None, *kinds))))
         loaders.append(Loader(items, read, sampler, collate, workers, data.time_limit, device.type == "cuda"))
     return loaders[0], loaders[1]
 
@@ -111,5 +110,5 @@ def watch_loader(config: TrainConfig, processor: Processor) -> Loader | None:
         return None
     clips = read_manifest(config.watch)
     reader = ClipReader(processor, config.data.max_seconds)
-    sampler = BatchSampler(len(clips), config.eval_batch_size)
+    sampler = BatchSampler(len(clips), config.eval_batch_size, rank=rank(), world=world_size())
     return Loader(clips, reader, sampler, Collate(processor), config.data.num_workers, config.data.time_limit)
