@@ -23,10 +23,11 @@ from pe_av import build_model  # noqa: E402
 from pe_av.config import LossConfig, OptimConfig, ParallelConfig  # noqa: E402
 from pe_av.config_files import load_preset  # noqa: E402
 from pe_av.device import pick_device, precision_context  # noqa: E402
+from pe_av.evaluation.embed import Embedder  # noqa: E402
 from pe_av.loss import contrastive_loss  # noqa: E402
 from pe_av.training.log import PEAK_FLOPS  # noqa: E402
 from pe_av.training.microbatch import backward  # noqa: E402
-from pe_av.training.optim import build_optimizer  # noqa: E402
+from pe_av.training.optim import build_optimizer, take_step  # noqa: E402
 from pe_av.training.parallel import clip_gradients, parallelize  # noqa: E402
 
 
@@ -34,7 +35,7 @@ def step_of(preset: str, form: ParallelConfig, device: torch.device):
     """A function that takes a training step with so many random clips."""
     config = load_preset(preset)
     model = build_model(config, device).train()
-    embedder = parallelize(model, form, device)
+    embedder = parallelize(model, Embedder(model), form, device)
     optimizer = build_optimizer(model, OptimConfig())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     logits = {name: (pair.scale, pair.bias) for name, pair in model.logits.items()}
@@ -45,15 +46,16 @@ def step_of(preset: str, form: ParallelConfig, device: torch.device):
 
     def step(clips: int) -> None:
         inputs = {
-            "input_ids": torch.randint(config.text.vocab_size, (clips, 32), device=device),
             "input_values": 0.1 * torch.randn(clips, 1, 10 * rate // hop * hop, device=device),
             "pixel_values_videos": torch.randn(clips, 16, 3, size, size, device=device),
         }
+        texts = {None: {"input_ids": torch.randint(config.text.vocab_size, (clips, 32), device=device)}}
+        part = {"inputs": inputs, "texts": texts, "rows": None, "size": clips}
         optimizer.zero_grad(set_to_none=True)
         with precision_context("auto", device):
-            backward(embedder, [{"inputs": inputs}], loss_of)
+            backward(embedder, [part], loss_of, device)
         clip_gradients(trained, 1.0)
-        optimizer.step()
+        take_step(optimizer, torch.zeros((), device=device))
         if device.type == "cuda":
             torch.cuda.synchronize()
 

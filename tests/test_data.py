@@ -178,21 +178,18 @@ def test_rows_say_what_they_have(processor):
     assert found.keys() == {n for n in HEADS if "text" not in n} | {
         n if kind is None else f"{n}@{kind}" for n in HEADS if "text" in n for kind in kinds
     }
-    assert batch["has_audio"].tolist() == [1, 1, 0, 1, 1] and batch["has_video"].tolist() == [1, 0, 1, 1, 1]
-    second = processor.tokenizer.decode(batch["texts"]["visual"]["input_ids"][2].tolist())
+    rows = {name: numbers.tolist() for name, numbers in batch["rows"].items()}
+    assert rows["audio"] == [0, 1, 3, 4] and rows["video"] == [0, 2, 3, 4] and rows["audio_video"] == [0, 3, 4]
+    assert rows["text"] == [0, 1, 2, 4] and rows["text@visual"] == [0, 2, 4] and rows["text@audio"] == [0, 1, 4]
+    second = processor.tokenizer.decode(batch["texts"]["visual"]["input_ids"][1].tolist())
     assert second.startswith("[CLS] night")
     keys = batch["caption_keys"]
     assert keys[None][0] == keys["visual"][4] and keys["audio"][1] != keys["audio"][4]
     # rows 2 and 4 both show "night"; row 3, without a caption, equals no other
     assert len(set(keys[None].tolist())) == 4 and keys["visual"][0] == keys["visual"][4]
-    assert batch["inputs"]["padding_mask"].sum(1).tolist() == [1920, 3840, 1920, 3840, 5760]
-    assert not batch["inputs"]["input_values"][2].any() and batch["inputs"]["padding_mask_videos"].sum(1).tolist() == [
-        1,
-        1,
-        3,
-        2,
-        3,
-    ]
+    # only the rows that have it
+    assert batch["inputs"]["padding_mask"].sum(1).tolist() == [1920, 3840, 3840, 5760]
+    assert batch["inputs"]["padding_mask_videos"].sum(1).tolist() == [1, 3, 2, 3]
 
 
 def test_keys_are_the_same_in_every_process(processor):
@@ -202,12 +199,14 @@ def test_keys_are_the_same_in_every_process(processor):
 
 def test_what_no_row_has_is_not_there(processor):
     batch = Collate(processor)([item("a", True, False, {None: ["a dog"]}), item("b", True, False, {None: ["dog"]})])
-    assert set(batch["inputs"]) == {"input_values", "padding_mask", "input_ids", "attention_mask"}
-    assert not batch["valid"]["video"].any()
+    assert set(batch["inputs"]) == {"input_values", "padding_mask"} and set(batch["texts"]) == {None}
+    assert set(batch["rows"]) == {"audio", "text"} and not batch["valid"]["video"].any()
     silent = Collate(processor)([item("a", True, True, {}), item("b", True, True, {})])
-    assert "input_ids" not in silent["inputs"] and silent["texts"] == {}
+    assert silent["texts"] == {} and set(silent["rows"]) == {"audio", "video", "audio_video"}
     nothing = Collate(processor)([{"id": "a", "captions": {}, "error": "torn"}])
-    assert nothing["inputs"] is None and nothing["bad"] == [{"id": "a", "error": "torn"}]
+    assert nothing["inputs"] == nothing["texts"] == nothing["rows"] == {} and nothing["ids"] == []
+    assert nothing["bad"] == [{"id": "a", "error": "torn"}] and nothing["read"] == 1
+    assert {flags.shape for flags in nothing["valid"].values()} == {(0,)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

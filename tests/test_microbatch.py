@@ -1,6 +1,7 @@
 """Micro-batches against the whole batch: the same gradients, also where random numbers are drawn on the way."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ class Embedder(nn.Module):
         super().__init__()
         self.model, self.dropout = model, dropout
 
-    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, part: dict[str, Any]) -> dict[str, Tensor]:
+        inputs = part["inputs"]
         rows = inputs["rows"]
         embeds = self.model(**{name: value for name, value in inputs.items() if name != "rows"}).embeds()
         if self.dropout:
@@ -36,7 +38,8 @@ def gradients(sizes: list[int], dropout: float) -> tuple[float, dict[str, Tensor
     batch = random_batch(config, rows=((24, 6, 3), (9, 5, 4), (15, 7, 3), (11, 4, 2), (20, 6, 5), (8, 3, 1)))
     batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()} | {"rows": torch.arange(6)}
     parts = [
-        dict(zip(batch, values, strict=True)) for values in zip(*(v.split(sizes) for v in batch.values()), strict=True)
+        {"inputs": dict(zip(batch, values, strict=True)), "texts": {}, "size": len(values[0])}
+        for values in zip(*(v.split(sizes) for v in batch.values()), strict=True)
     ]
     logits = {name: (pair.scale, pair.bias) for name, pair in model.logits.items()}
 
@@ -45,7 +48,7 @@ def gradients(sizes: list[int], dropout: float) -> tuple[float, dict[str, Tensor
         return out.total, (out.total.item(), out.losses)
 
     torch.manual_seed(5)
-    loss, losses = backward(Embedder(model, dropout), parts, loss_of)
+    loss, losses = backward(Embedder(model, dropout), parts, loss_of, torch.device("cpu"))
     assert set(losses) == set(model.logits)
     return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

@@ -10,12 +10,14 @@ from torch import nn
 from pe_av.config import ConfigError, LoraConfig, OptimConfig
 from pe_av.model.peav import PEAudioVideo
 from pe_av.training.lora import add_adapters, merged_state_dict
-from pe_av.training.optim import AveragedWeights, build_optimizer, build_schedule, freeze
+from pe_av.training.optim import AveragedWeights, build_optimizer, freeze, set_learning_rate, take_step
 
 
 def rates(model: nn.Module, config: OptimConfig) -> dict[str, float]:
-    """Learning rate of each parameter, 0 where it is not trained."""
-    found = {id(p): group["lr"] for group in build_optimizer(model, config).param_groups for p in group["params"]}
+    """Learning rate of each parameter, 0 where it is not trained, once the rate is warm."""
+    optimizer = build_optimizer(model, config)
+    set_learning_rate(optimizer, config, config.warmup_steps, 10**9)
+    found = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     return {name: found.get(id(p), 0.0) for name, p in model.named_parameters()}
 
 
@@ -42,14 +44,37 @@ def test_the_learning_rate_warms_up_and_falls_as_half_a_cosine():
 
 
 def course(config: OptimConfig) -> list[float]:
-    optimizer = build_optimizer(nn.Linear(2, 2), config)
-    schedule = build_schedule(optimizer, config, steps=12)
-    found = []
-    for _ in range(13):
-        found.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
+    optimizer, found = build_optimizer(nn.Linear(2, 2), config), []
+    for step in range(13):
+        assert set_learning_rate(optimizer, config, step, steps=12) == optimizer.param_groups[0]["lr"]
+        found.append(optimizer.param_groups[0]["lr"])
     return found
+
+
+def test_a_step_is_adamws_and_can_be_left_out_without_a_trace():
+    config = OptimConfig(lr=0.1, weight_decay=0.3, warmup_steps=0)
+    ours, theirs = (nn.Linear(3, 2) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    optimizer, average = build_optimizer(ours, config), AveragedWeights(ours, 0.9)
+    expected = AveragedWeights(theirs, 0.9)
+    reference = torch.optim.AdamW(
+        [{"params": [theirs.weight], "weight_decay": 0.3}, {"params": [theirs.bias], "weight_decay": 0.0}],
+        lr=0.1, betas=tuple(config.betas), eps=config.eps, foreach=False,
+    )  # fmt: skip
+    for wrong in (0, 1, 0, 0, 1, 0):
+        for model, step in ((ours, lambda: take_step(optimizer, torch.tensor(wrong))), (theirs, reference.step)):
+            if model is theirs and wrong:
+                continue
+            model.zero_grad()
+            model(torch.linspace(-1, 1, 3)).square().sum().backward()
+            if wrong:
+                model.weight.grad.fill_(torch.nan)
+            step()
+        average.update(ours, torch.tensor(wrong))
+        if not wrong:
+            expected.update(theirs, torch.tensor(0))
+        torch.testing.assert_close(ours.weight, theirs.weight)
+        torch.testing.assert_close(average.average["bias"], expected.average["bias"])
 
 
 def test_parts_have_rates_of_their_own():
@@ -92,7 +117,7 @@ def test_the_average_follows_its_formula_and_changes_places():
     for _ in range(5):
         nn.init.normal_(model.weight)
         history.append(model.weight.detach().clone())
-        average.update(model)
+        average.update(model, torch.tensor(False))
     expected = 0.9**5 * history[0] + sum(0.1 * 0.9 ** (5 - i) * history[i] for i in range(1, 6))
     average.swap(model)
     torch.testing.assert_close(model.weight.data, expected)
@@ -128,6 +153,17 @@ def test_adapters_change_nothing_at_the_start_and_merge_into_plain_weights():
     changed = {name for name, p in merged.state_dict().items() if not torch.equal(p, plain[name])}
     blocks = ("layers.", "heads.")
     assert changed and all(any(part in name for part in blocks) for name in changed)
+
+
+def test_what_is_frozen_gets_no_adapter():
+    model = PEAudioVideo(small_config())
+    freeze(model, ["text", "heads.video", "video.vision"])
+    add_adapters(model, LoraConfig(rank=1))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert (
+        any(name.startswith("audio.transformer.layers.") for name in trained) and "heads.audio.proj.weight" in trained
+    )
+    assert not any(name.startswith(("text.", "heads.video.", "video.vision.")) for name in trained)
 
 
 def test_adapters_train_little():

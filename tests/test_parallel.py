@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from pe_av.checkpoint import CheckpointError
 from pe_av.config import ConfigError, LossConfig, ModelConfig, OptimConfig, ParallelConfig
+from pe_av.evaluation.embed import Embedder
 from pe_av.loss import contrastive_loss
 from pe_av.model.peav import PEAudioVideo
-from pe_av.training.checkpoints import Checkpointer, damage, load, whole_checkpoints
+from pe_av.ranks import process_group, rank, world_size
+from pe_av.training.checkpoints import Checkpointer, damage, load, named_states, newest_whole, read_progress
 from pe_av.training.microbatch import backward
-from pe_av.training.optim import AveragedWeights, build_optimizer
-from pe_av.training.parallel import clip_gradients, parallelize, process_group, rank, world_size
+from pe_av.training.optim import AveragedWeights, build_optimizer, take_step
+from pe_av.training.parallel import clip_gradients, parallelize
 
 ROWS = ((24, 6, 3), (9, 5, 4), (15, 7, 3), (11, 4, 2), (20, 6, 5), (8, 3, 1))  # divide over 1, 2 and 3 ranks
 
@@ -51,7 +54,7 @@ class Trainer:
     def __init__(self, parallel: ParallelConfig, micro_batches: int = 1):
         self.model = randomize(PEAudioVideo(config())).train()
         # the logits go through their real start, or the random ones would be far away
-        self.embedder = parallelize(self.model, parallel, torch.device("cpu"))
+        self.embedder = parallelize(self.model, Embedder(self.model), parallel, torch.device("cpu"))
         self.optimizer = build_optimizer(self.model, OptimConfig(lr=1e-3))
         self.average = AveragedWeights(self.model, 0.9)
         self.micro_batches = micro_batches
@@ -61,7 +64,16 @@ class Trainer:
         batch = random_batch(config(), ROWS, seed=number)
         mine = torch.arange(len(ROWS)).chunk(world_size())[rank()]
         split = mine.chunk(self.micro_batches)
-        parts = [{"inputs": {name: value[rows] for name, value in batch.items()}} for rows in split]
+        texts = {name: batch.pop(name) for name in ("input_ids", "attention_mask")}
+        parts = [
+            {
+                "inputs": {name: value[rows] for name, value in batch.items()},
+                "texts": {None: {name: value[rows] for name, value in texts.items()}},
+                "rows": None,
+                "size": len(rows),
+            }
+            for rows in split
+        ]
         logits = {name: (pair.scale, pair.bias) for name, pair in self.model.logits.items()}
 
         def loss_of(embeds: dict[str, Tensor]) -> tuple[Tensor, float]:
@@ -69,10 +81,10 @@ class Trainer:
             return total, total.item()
 
         self.optimizer.zero_grad()
-        loss = backward(self.embedder, parts, loss_of)
+        loss = backward(self.embedder, parts, loss_of, torch.device("cpu"))
         norm = clip_gradients([p for p in self.model.parameters() if p.requires_grad], 1.0)
-        self.optimizer.step()
-        self.average.update(self.model)
+        take_step(self.optimizer, torch.tensor(0))
+        self.average.update(self.model, torch.tensor(0))
         return loss, norm.item()
 
 
@@ -120,8 +132,9 @@ def resume(folder: Path, parallel: ParallelConfig, first: int, last: int) -> Non
     trainer = Trainer(parallel)
     checkpointer = Checkpointer(folder / "state", keep=2)
     if first:
-        progress = load(whole_checkpoints(folder / "state")[-1], trainer.model, trainer.optimizer, trainer.average)
-        assert progress["step"] == first
+        newest, _ = newest_whole(folder / "state")
+        load(newest, trainer.model, trainer.optimizer, trainer.average)
+        assert read_progress(newest)["step"] == first
     history = [trainer.step(number) for number in range(first, last)]
     checkpointer.save(last, trainer.model, trainer.optimizer, trainer.average, {"step": last})
     checkpointer.wait()
@@ -135,18 +148,32 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, alone: Tenso
         launch(ranks, resume, tmp_path, ParallelConfig(strategy=strategy), first, last)
         found = torch.load(tmp_path / f"history-{first}.pt")
         torch.testing.assert_close(found, alone[first:last], rtol=1e-4, atol=1e-4)
-    assert [path.name for path in whole_checkpoints(tmp_path / "state")] == ["step-00000008", "step-00000012"]
+    assert [path.name for path in named_states(tmp_path / "state")] == ["step-00000008", "step-00000012"]
+    assert not any(damage(path) for path in named_states(tmp_path / "state"))
 
 
 def test_a_resumed_process_gives_the_same_numbers_to_the_bit(tmp_path: Path):
     resume(tmp_path, ParallelConfig(), 0, 3)
     torch.manual_seed(99)  # the checkpoint brings its own random numbers
     trainer = Trainer(ParallelConfig())
-    load(whole_checkpoints(tmp_path / "state")[-1], trainer.model, trainer.optimizer, trainer.average)
+    load(tmp_path / "state" / "step-00000003", trainer.model, trainer.optimizer, trainer.average)
     resumed = [trainer.step(number) for number in range(3, 6)]
     whole = Trainer(ParallelConfig())
     assert resumed == [whole.step(number) for number in range(6)][3:]
     assert all(torch.equal(value, whole.average.average[name]) for name, value in trainer.average.average.items())
+
+
+def test_a_state_is_whole_as_soon_as_it_is_written_and_milestones_stay(tmp_path: Path):
+    trainer, checkpointer = Trainer(ParallelConfig()), Checkpointer(tmp_path, keep=1, milestone_every=2)
+    for step in (1, 2, 3, 4, 5):
+        checkpointer.save(step, trainer.model, trainer.optimizer, trainer.average, {"step": step})
+    # nobody waits for the last one, and it gets its name all the same
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "step-00000005").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert damage(tmp_path / "step-00000005") is None
+    checkpointer.wait()
+    assert [path.name for path in named_states(tmp_path)] == ["step-00000002", "step-00000004", "step-00000005"]
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_refused(tmp_path: Path):
@@ -160,9 +187,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused(tmp_path: Path):
     content[len(content) // 2] ^= 1  # one bit
     shard.write_bytes(content)
     assert "is damaged: its checksum" in damage(newest)
-    assert whole_checkpoints(tmp_path) == [tmp_path / "step-00000001"]
-    with pytest.raises(CheckpointError, match="is damaged.*resume from an older one"):
-        load(newest, trainer.model, trainer.optimizer, trainer.average)
+    found, passed_over = newest_whole(tmp_path)
+    assert found == tmp_path / "step-00000001" and [path for path, _ in passed_over] == [newest]
     shard.unlink()
     assert "is missing" in damage(newest)
 
@@ -170,7 +196,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused(tmp_path: Path):
 def test_what_a_kill_left_half_written_is_no_checkpoint(tmp_path: Path):
     (tmp_path / "step-00000007.part").mkdir()
     (tmp_path / "step-00000007.part" / "__0_0.distcp").write_bytes(b"half")
-    assert whole_checkpoints(tmp_path) == []
+    assert newest_whole(tmp_path) == (None, [])
     Checkpointer(tmp_path, keep=1)
     assert list(tmp_path.iterdir()) == []
 
@@ -181,7 +207,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
     checkpointer.wait()
     other = PEAudioVideo(replace(config(), output_dim=30))
     with pytest.raises(
-        CheckpointError, match=r"of another model: heads\.\S+ is \(30, \d+\) here and \(28, \d+\) there"
+        CheckpointError, match=r"of another model: model of heads\.\S+ is \(30, \d+\) here and \(28, \d+\) there"
     ):
         load(tmp_path / "step-00000001", other, build_optimizer(other, OptimConfig()), None)
 

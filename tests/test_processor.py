@@ -466,7 +466,8 @@ def test_a_dataset_makes_the_same_batch_in_two_steps(processor, clip):
     assert clips[1]["frames"].shape == (13, 3, SIZE, SIZE) and clips[1]["frames"].dtype == torch.uint8
     captions = ["a dog", "at night"]
     items = [{**item, "captions": {None: [text]}} for text, item in zip(captions, clips, strict=True)]
-    batch = Collate(processor)(items)["inputs"]
+    collated = Collate(processor)(items)
+    batch = collated["inputs"] | collated["texts"][None]
     whole = processor(text=["a dog", "at night"], audio=[clip, clip], videos=[clip, clip])
     assert set(batch) == set(whole)
     bytes_of = ((whole["pixel_values_videos"] + 1) * 127.5).round().to(torch.uint8)  # which the model scales
