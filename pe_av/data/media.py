@@ -42,6 +42,7 @@ MAX_SILENCE = 3600  # seconds that are put in for a sound that is not there; dam
 MAX_REPEATS = 2**18  # and frames: an hour at 72 per second
 PREROLL = 1.0  # seconds decoded before a part: after a seek, decoders need a few blocks until their output is right
 SEEKABLE = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "wav", "flac", "ogg"}  # formats whose times survive a seek
+ONLY = {"audio": "give the clip in videos= only", "video": "give the clip in audio= only"}  # where a kind is missing
 MEMBER = re.compile(r"(.+\.tar)#(\d+)\+(\d+)", re.DOTALL)  # a file inside a tar, by its offset and size in bytes
 
 
@@ -135,7 +136,7 @@ def read_audio(
         if seek and not blocks:
             continue
         if not rate:
-            raise MissingTrackError(f"{path}: the audio track is empty; give the clip in videos= only, or leave it out")
+            raise track.nothing(path)
         missing = min(stop, round((track.other_end - track.zero) * rate)) - max(at, first)
         if missing > (TOGETHER * rate if blocks else 0):
             blocks.append(_silence(path, channels, missing, rate))
@@ -210,17 +211,20 @@ def iter_frames(
         raise ValueError("num_frames and frames_per_second are two ways to sample: give one")
     timeline = _timeline(path, start, end, max_seconds)
     starts, count = timeline.starts, len(timeline.starts)
-    if timeline.before + timeline.after + timeline.end * _exact(frames_per_second or 0) > count + MAX_REPEATS:
-        wrong = f"its frames are {float(timeline.end) / count:.0f} s apart, which are damaged times"
+    wanted = num_frames or timeline.before + count + timeline.after
+    if frames_per_second is not None:
+        wanted = math.ceil(timeline.end * _exact(frames_per_second))
+    if wanted > count + MAX_REPEATS:
+        wrong = f"{count} frames would be repeated until they are {wanted}, as if its times were damaged"
         raise MediaError(f"{path}: {wrong}; re-encode it, or give a shorter part")
     if frames_per_second is not None:
         index = rate_indices(starts, timeline.end, frames_per_second)
-    elif num_frames is not None and timeline.before:
-        index = [bisect_right(starts, starts[-1] * i / max(num_frames - 1, 1)) - 1 for i in range(num_frames)]
-    elif num_frames is not None:
-        index = spread_indices(count, num_frames)
-    else:
+    elif num_frames is None:
         index = [0] * timeline.before + list(range(count)) + [count - 1] * timeline.after
+    elif timeline.before:
+        index = [bisect_right(starts, starts[-1] * i / max(num_frames - 1, 1)) - 1 for i in range(num_frames)]
+    else:
+        index = spread_indices(count, num_frames)
     pictures = _pictures(path, [timeline.stamps[i] for i in index], timeline.keys)
     shape = None
     for first in pictures:
@@ -278,7 +282,7 @@ def _timeline(path: str | Path, start: float, end: float | None, max_seconds: fl
 
     shown = sorted(packet for packet in packets if packet.stamp >= first and not packet.is_discard)
     if not shown:
-        raise MissingTrackError(f"{path}: the video track is empty; give the clip in audio= only, or leave it out")
+        raise track.nothing(path)
     stamps = [packet.stamp for packet in shown]
     # without a duration in the file the last frame stays as long as the one before it, or for one unit
     last = shown[-1].duration or (stamps[-1] - stamps[-2] if len(stamps) > 1 else 1)
@@ -400,26 +404,29 @@ class _Track:
     """The track of an open file that is read, and what is known of the other one, with which it shares a clock."""
 
     def __init__(self, container: Any, stream: Any, other: Any | None):
-        self.container, self.stream, self.other = container, stream, other
-        if other is None or None in (stream.start_time, other.start_time):
-            own = theirs = Fraction(container.start_time or 0, 1_000_000)
-        else:
-            own, theirs = (one.start_time * one.time_base for one in (stream, other))
-        own, theirs = (
-            max(own, Fraction(0)),
-            max(theirs, Fraction(0)),
-        )  # what lies below is dropped by decoders, not played
+        self.container, self.stream, self.other, self.kind = container, stream, other, stream.type
+        own = theirs = Fraction(container.start_time or 0, 1_000_000)
+        if other is not None and None not in (stream.start_time, other.start_time):
+            own, theirs = stream.start_time * stream.time_base, other.start_time * other.time_base
+        own, theirs = max(own, Fraction(0)), max(theirs, Fraction(0))  # what lies below, decoders drop
         self.zero = own if own <= theirs + TOGETHER else theirs  # seconds on the tracks' clock at which the file begins
         self.other_end = self.zero  # and at which the other track ends, as far as `packets` has come
+        self.promises = bool(stream.frames or stream.duration)  # whether the header says that there is something
 
     def packets(self) -> Iterator[Any]:
         """Those of this track, in the file's order, and PyAV's empty one, with which a decoder gives what it holds."""
         for packet in self.container.demux([self.stream] if self.other is None else [self.stream, self.other]):
             if packet.stream_index == self.stream.index:
-                if packet.size or packet.dts is None:  # an empty one midway is a frame that repeats the one before
+                if packet.size or packet.dts is None:  # an empty one midway would end the decoding
                     yield packet
             elif packet.pts is not None and not packet.is_discard:
                 self.other_end = max(self.other_end, (packet.pts + (packet.duration or 0)) * packet.time_base)
+
+    def nothing(self, path: str | Path) -> MediaError:
+        """What to raise where it has no sample or frame. By then the file is closed, and PyAV must not look into it."""
+        if self.promises:
+            return MediaError(f"{path}: damaged, nothing of its {self.kind} can be read; re-encode it or leave it out")
+        return MissingTrackError(f"{path}: the {self.kind} track is empty; {ONLY[self.kind]}, or leave it out")
 
     def seek(self, seconds: Fraction) -> bool:
         """Go to the keyframe at or before `seconds` on the track's clock; False: this format has no exact way to."""
@@ -433,13 +440,10 @@ def _tracks(container: Any) -> dict[str, _Track]:
     """The best "audio" and "video" track that there is; the cover of a record is no video."""
     from av.stream import Disposition
 
-    streams = {}
-    for kind in ("audio", "video"):
-        best = container.streams.best(kind)
-        some = [] if best is None else [best, *getattr(container.streams, kind)]
-        streams[kind] = next((one for one in some if not one.disposition & Disposition.attached_pic), None)
-    pairs = {"audio": "video", "video": "audio"}
-    return {k: _Track(container, streams[k], streams[o]) for k, o in pairs.items() if streams[k] is not None}
+    streams = {kind: container.streams.best(kind) for kind in ONLY}
+    streams = {k: s for k, s in streams.items() if s is not None and not s.disposition & Disposition.attached_pic}
+    others = {"audio": streams.get("video"), "video": streams.get("audio")}
+    return {kind: _Track(container, stream, others[kind]) for kind, stream in streams.items()}
 
 
 @contextmanager
@@ -448,7 +452,7 @@ def _opened(path: str | Path, kind: str) -> Iterator[_Track]:
     with _container(path) as container:
         tracks = _tracks(container)
         if kind not in tracks:
-            remedy = f"give the clip in {'videos' if kind == 'audio' else 'audio'}= only, or " if tracks else ""
+            remedy = f"{ONLY[kind]}, or " if tracks else ""
             raise MissingTrackError(f"{path}: has no {kind} track; {remedy}leave it out")
         context = tracks[kind].stream.codec_context
         if context is None:
