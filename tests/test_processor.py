@@ -587,6 +587,13 @@ def test_what_is_missing_of_a_clip_is_told_apart_from_what_is_broken(processor, 
     }
 
 
+def test_a_caption_without_words_is_missing(processor, clip):
+    captions = {None: ["a dog", " "], "visual": ["\n"]}
+    item = ClipReader(processor, 30)(Clip("a", str(clip), str(clip), captions, problem="the caption is empty"))
+    assert item["captions"] == {None: ["a dog"]} and "error" not in item
+    assert item["partial"] == "the caption is empty; the visual_caption is empty"
+
+
 class Odd(Exception):
     def __str__(self):
         return "over\ntwo lines"
@@ -631,7 +638,8 @@ def test_half_characters_make_one_bad_item(processor, clip):
         Clip("a", "no\ud800.wav", str(clip), {None: ["a dog", "a \ud83d"], "audio": ["\udc00"]})
     )
     assert item["captions"] == {None: ["a dog"]} and "frames" in item
-    assert item["error"] == "a caption is not UTF-8; no\\ud800.wav: no such file"
+    told = ("the caption is not UTF-8", "the audio_caption is not UTF-8", "no\\ud800.wav: no such file")
+    assert item["error"] == "; ".join(told) and "partial" not in item
     batch = Collate(processor)([item])
     assert batch["ids"] == ["a"] and batch["captions"] == [["a dog"]]
     silent = ClipReader(processor, 30)(Clip("a", None, "no\udce9\ud800.mp4", {None: ["a dog"]}))

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..config import HEADS, ConfigError, DataConfig
 from .demo import prepare_demo
 from .loader import read_all
-from .manifest import Clip, Manifest, read_manifest
+from .manifest import CAPTION_COLUMNS, Clip, Manifest, read_manifest
 from .media import MediaError, MissingTrackError
 from .processor import Processor, mask_of
 from .stamps import prepare_stamps
@@ -47,10 +47,12 @@ class ClipReader:
         problems = clip.problem.split("; ") if clip.problem else []
         absent = [problem for problem in problems if problem.endswith(" is empty")]
         errors = [problem for problem in problems if problem not in absent]
-        captions = {kind: [text for text in texts if _is_text(text)] for kind, texts in clip.captions.items()}
-        if captions != clip.captions:
-            errors.append("a caption is not UTF-8")
-        item: dict[str, Any] = {"id": clip.id, "captions": {kind: texts for kind, texts in captions.items() if texts}}
+        item: dict[str, Any] = {"id": clip.id, "captions": {}}
+        for kind, texts in clip.captions.items():
+            absent += [f"the {CAPTION_COLUMNS[kind]} is empty" for text in texts if not text.strip()]
+            errors += [f"the {CAPTION_COLUMNS[kind]} is not UTF-8" for text in texts if not _is_text(text)]
+            if good := [text for text in texts if text.strip() and _is_text(text)]:
+                item["captions"][kind] = good
         readers = (
             ("waveform", clip.audio, self.processor.audio_item),
             ("frames", clip.video, self.processor.video_item),

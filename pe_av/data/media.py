@@ -4,9 +4,8 @@ PyAV, which carries its own FFmpeg, reads everything. Which frames there are and
 packets alone, so that only the wanted frames are converted, and long stretches between them are passed by seeking. A
 seek that does not arrive where it should is not believed: the file is then decoded from its beginning.
 
-Sound and picture share one clock. It begins where the earlier of the two tracks begins, and ends where the later one
-ends: there is silence before and after a sound that is shorter, and a picture holds its first and its last frame. So
-what is read of one track does not depend on whether the other is read too. A file with one track is what that track is.
+Sound and picture of a file share one clock, from the earlier begin to the later end, whichever of them is read: a sound
+has silence around it, and a picture holds its first and last frame. A file with one track is what that track is.
 
 A source is the path of a file, or `SHARD.tar#OFFSET+SIZE`: the file that lies there inside an uncompressed tar, which
 FFmpeg reads in place.
@@ -34,9 +33,8 @@ from torch import Tensor
 CHUNK = 32  # frames that are decoded before the next are asked for
 CHUNK_BYTES = CHUNK * 3 * 1920 * 1080  # and 0.2 GB of them, if they are larger than full HD
 MAX_PIXELS = 2**26  # of a frame, 8K has half as many; a damaged header can ask for all memory
-# Seconds: tracks that are no further apart begin, or end, together. It is one position of the model, and more than what
-# codecs need to begin and what containers round times to. Nothing is put in for it: such files are read from their
-# first sample and their first frame, both of which are then the zero of the clock.
+# Seconds: tracks that are no further apart begin, or end, together, each with its own first sample or frame. It is one
+# position of the model, and more than what codecs need to begin and containers round to.
 TOGETHER = Fraction(1, 25)
 MAX_SILENCE = 3600  # seconds that are put in for a sound that is not there; damaged times can ask for centuries
 MAX_REPEATS = 2**18  # and frames: an hour at 72 per second
@@ -124,8 +122,7 @@ def read_audio(
                     stop = stop if max_seconds is None else min(stop, first + max(round(max_seconds * rate), 1))
                     if seek and at > first:
                         break  # arrived too late
-                    if at > first:
-                        blocks.append(_silence(path, channels, min(at, stop) - first, rate))
+                    blocks += _silence(path, channels, min(at, stop) - first, rate)
                 if frame.sample_rate != rate or len(block) != channels:
                     raise MediaError(f"{path}: rate or channels change midway; re-encode it with fixed ones")
                 if first - block.shape[1] < at < stop:  # what comes before the part is not kept
@@ -138,19 +135,20 @@ def read_audio(
         if not rate:
             raise track.nothing(path)
         missing = min(stop, round((track.other_end - track.zero) * rate)) - max(at, first)
-        if missing > (TOGETHER * rate if blocks else 0):
-            blocks.append(_silence(path, channels, missing, rate))
+        if not blocks or missing > TOGETHER * rate:
+            blocks += _silence(path, channels, missing, rate)
         if not blocks:
             raise MediaError(f"{path}: the audio track is empty after {start:g} s; correct start, or leave it out")
         return torch.cat(blocks, dim=1), rate
     raise AssertionError("the last way is without seeking, and returns or raises")
 
 
-def _silence(path: str | Path, channels: int, samples: int, rate: int) -> Tensor:
+def _silence(path: str | Path, channels: int, samples: int, rate: int) -> list[Tensor]:
+    """A block of them, or none."""
     if samples > MAX_SILENCE * rate:
         wrong = f"the picture lasts {samples / rate:.0f} s without its sound, which are damaged times"
         raise MediaError(f"{path}: {wrong}; re-encode it, or give a shorter part")
-    return torch.zeros(channels, samples)
+    return [torch.zeros(channels, samples)] if samples > 0 else []
 
 
 def _float_samples(frame: Any) -> Tensor:
@@ -214,7 +212,7 @@ def iter_frames(
     wanted = num_frames or timeline.before + count + timeline.after
     if frames_per_second is not None:
         wanted = math.ceil(timeline.end * _exact(frames_per_second))
-    if wanted > count + MAX_REPEATS:
+    if wanted > count + MAX_REPEATS:  # damaged times
         wrong = f"{count} frames would be repeated until they are {wanted}, as if its times were damaged"
         raise MediaError(f"{path}: {wrong}; re-encode it, or give a shorter part")
     if frames_per_second is not None:
@@ -381,20 +379,15 @@ def source_path(source: str | Path) -> str:
 
 
 def probe(path: str | Path) -> dict[str, float | None]:
-    """Which of the tracks "audio" and "video" a source has, each with the seconds on the file's clock at which it ends
-    as the header says it, or None.
+    """Which of the tracks "audio" and "video" a source has, each with the file's seconds (see above) as its header says
+    them, or None.
 
     Raises:
-        MediaError: it cannot be opened, or has neither.
+        MissingTrackError: it has neither.
+        MediaError: it cannot be opened.
     """
-    found: dict[str, float | None] = {}
     with _container(path) as container:
-        for kind, track in _tracks(container).items():
-            begin, duration = track.stream.start_time, track.stream.duration
-            found[kind] = None if container.duration is None else container.duration / 1_000_000
-            if duration is not None:
-                unit = track.stream.time_base
-                found[kind] = float(max((begin or 0) * unit - track.zero, 0) + duration * unit)
+        found = dict.fromkeys(_tracks(container), container.duration and container.duration / 1_000_000)
     if not found:
         raise MissingTrackError(f"{path}: has neither an audio nor a video track; leave it out")
     return found
