@@ -9,7 +9,10 @@ import subprocess
 import sys
 import tarfile
 import wave
+import zlib
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
@@ -17,7 +20,17 @@ import numpy as np
 import pytest
 import torch
 
-from pe_av.data.media import CHUNK, MediaError, iter_frames, rate_indices, read_audio, read_frames, spread_indices
+from pe_av.data.media import (
+    CHUNK,
+    MediaError,
+    MissingTrackError,
+    iter_frames,
+    probe,
+    rate_indices,
+    read_audio,
+    read_frames,
+    spread_indices,
+)
 
 HEIGHT, WIDTH = 48, 64
 
@@ -534,7 +547,181 @@ def test_sound_and_picture_of_a_part_stay_together(tmp_path):
             container.mux(stream.encode(None))
     assert shown(read_frames(path, start=1.0, end=1.2)) == [12, 13, 14, 15, 16, 17]  # 12 came on at 0.98 s
     assert (read_audio(path, start=1.0, end=1.2)[0] * 2**15).int().tolist() == [list(range(8_000, 9_600))]
-    assert shown(read_frames(path, end=0.6)) == [0, 1, 2]
+    # the first frame is held from the sound's beginning on, for as long as 12 frames
+    assert shown(read_frames(path, end=0.6)) == [0] * 12 + [0, 1, 2]
+
+
+@dataclass
+class Clock:
+    """A file with both tracks, and what there is at each time; in seconds, the picture with 25 frames per second."""
+
+    picture: float  # when it begins
+    frames: int
+    sound: float  # when it begins
+    seconds: float  # how long the sound is
+    rate: int = 8_000
+
+    def write(self, path, base=0.0):
+        """Lossless, so that every sample tells which one it is; the whole file `base` seconds late."""
+        sound_codec = "alac" if path.suffix == ".mp4" else "pcm_s16le"
+        with av.open(str(path), "w") as container:
+            picture = container.add_stream("libx264", rate=25, options={"g": "5", "bf": "2"})
+            picture.width, picture.height, picture.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+            picture.codec_context.time_base = Fraction(1, 1000)
+            sound = container.add_stream(sound_codec, rate=self.rate, layout="mono")
+            sound.format = sound.codec.audio_formats[0].name
+            for index in range(self.frames):
+                frame = av.VideoFrame.from_ndarray(np.full((HEIGHT, WIDTH, 3), grey(index), np.uint8), format="rgb24")
+                frame.pts, frame.time_base = round(1000 * (base + self.picture)) + 40 * index, Fraction(1, 1000)
+                container.mux(picture.encode(frame))
+            frame = av.AudioFrame.from_ndarray(self.samples()[None], format="s16p", layout="mono")
+            frame.sample_rate, frame.time_base = self.rate, Fraction(1, self.rate)
+            frame.pts = round((base + self.sound) * self.rate)
+            blocks = av.AudioResampler(format=sound.format.name, frame_size=sound.frame_size or 800)
+            for block in (*blocks.resample(frame), *blocks.resample(None)):
+                container.mux(sound.encode(block))
+            for stream in (picture, sound):
+                container.mux(stream.encode(None))
+        return path
+
+    def samples(self):
+        return np.arange(1, round(self.seconds * self.rate) + 1, dtype=np.int16)
+
+    @property
+    def end(self):
+        return max(self.picture + self.frames / 25, self.sound + self.seconds)
+
+    def heard(self):
+        found = np.zeros(round(self.end * self.rate), np.int16)
+        found[round(self.sound * self.rate) :][: len(self.samples())] = self.samples()
+        return found.tolist()
+
+    def seen(self, times):
+        return [min(max(math.floor((time - self.picture) * 25 + 1e-6), 0), self.frames - 1) for time in times]
+
+
+CLOCKS = {
+    "together": Clock(0.0, 25, 0.0, 1.0),
+    "sound late": Clock(0.0, 25, 0.6, 0.4),
+    "sound late and long": Clock(0.0, 15, 0.6, 0.8),
+    "sound late and short": Clock(0.0, 25, 0.2, 0.4),
+    "picture late": Clock(0.52, 12, 0.0, 1.0),
+    "picture late and long": Clock(0.52, 20, 0.0, 1.0),
+    "picture late and short": Clock(0.2, 10, 0.0, 1.0),
+    "sound ends early": Clock(0.0, 25, 0.0, 0.5),
+    "picture ends early": Clock(0.0, 10, 0.0, 1.0),
+    "apart": Clock(0.0, 10, 0.8, 0.4),
+}
+
+
+def heard(path, **part):
+    waveform, rate = read_audio(path, **part)
+    assert rate == 8_000 and len(waveform) == 1
+    return (waveform[0] * 2**15).int().tolist()
+
+
+@pytest.mark.parametrize("clock", CLOCKS.values(), ids=CLOCKS)
+@pytest.mark.parametrize("name, base", [("a.mp4", 0.0), ("a.mkv", 0.0), ("a.mkv", 2.0)])
+def test_sound_and_picture_share_one_clock(tmp_path, preroll, clock, name, base):
+    path = clock.write(tmp_path / name, base)
+    assert heard(path) == clock.heard()
+    ticks = [k / 50 for k in range(round(clock.end * 50))]
+    assert shown(read_frames(path, frames_per_second=50)) == clock.seen(ticks)
+    assert shown(read_frames(path)) == clock.seen(ticks[::2])
+    if clock.picture == 0:  # the published rule, of the frames that there are
+        spread = [int(i * (clock.frames - 1) / 15) for i in range(16)]
+    else:
+        last = clock.picture + (clock.frames - 1) / 25
+        spread = clock.seen([last * i / 15 for i in range(16)])
+    assert shown(read_frames(path, num_frames=16)) == spread
+
+    for start, end in [(0.0, 0.32), (0.2, 0.6), (0.4, None), (0.6, 0.8), (0.88, 9.0), (0.0, 9.0)]:
+        stop = min(clock.end, end or clock.end)
+        assert heard(path, start=start, end=end) == clock.heard()[round(start * 8_000) : round(stop * 8_000)]
+        inside = [k / 50 for k in range(round(start * 50), round(stop * 50))]
+        assert shown(read_frames(path, frames_per_second=50, start=start, end=end)) == clock.seen(inside)
+        pictures = shown(read_frames(path, start=start, end=end))
+        on_screen = clock.seen(inside[::2])
+        assert pictures == (on_screen if len(set(on_screen)) > 1 else on_screen[:1])  # a single frame fills any time
+        length = stop - start
+        assert heard(path, start=start, max_seconds=length) == heard(path, start=start, end=stop)
+    for read in (read_audio, read_frames):
+        with pytest.raises(MediaError, match="after 2 s|before 2 s"):
+            read(path, start=2.0)
+    assert max(probe(path).values()) == pytest.approx(clock.end, abs=0.002 + base)  # Matroska's length counts from 0
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+@pytest.mark.parametrize("late", [0.005, 0.024, 0.04])
+def test_tracks_that_begin_within_a_frame_of_each_other_begin_together(tmp_path, name, late):
+    """What codecs need to begin and containers round is no silence: nothing is put in, and parts fit the whole."""
+    for clock in (Clock(0.0, 25, late, 1.0), Clock(late, 25, 0.0, 1.0)):
+        path = clock.write(tmp_path / name)
+        samples = clock.samples().tolist()
+        assert heard(path) == samples
+        assert heard(path, start=0.25, end=0.5) == samples[2000:4000]
+        assert shown(read_frames(path)) == list(range(25))
+        assert shown(read_frames(path, num_frames=16)) == [int(i * 24 / 15) for i in range(16)]
+        assert shown(read_frames(path, frames_per_second=25)) == list(range(25))
+        assert shown(read_frames(path, start=0.2, end=0.4)) == [5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_compressed_sound_that_begins_late_is_on_time(tmp_path, name):
+    """As `test_compressed_audio_is_on_time`, beside a picture that begins 1.18 s before the sound."""
+    time = np.arange(48_000) / 48_000
+    sweep = (0.5 * np.sin(2 * np.pi * (200 * time + 900 * time**2))).astype(np.float32)
+    with av.open(str(tmp_path / name), "w") as container:
+        picture, sound = container.add_stream("libx264", rate=25), container.add_stream("aac", rate=48_000)
+        picture.width, picture.height, picture.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        sound.layout = "mono"
+        for index in range(25):
+            pixels = np.full((HEIGHT, WIDTH, 3), grey(index), np.uint8)
+            container.mux(picture.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        frame = av.AudioFrame.from_ndarray(sweep[None], format="fltp", layout="mono")
+        frame.sample_rate, frame.time_base, frame.pts = 48_000, Fraction(1, 48_000), round(1.18 * 48_000)
+        blocks = av.AudioResampler(format="fltp", frame_size=1024)
+        for block in (*blocks.resample(frame), *blocks.resample(None)):
+            container.mux(sound.encode(block))
+        for stream in (picture, sound):
+            container.mux(stream.encode(None))
+    found = read_audio(tmp_path / name)[0][0].numpy()
+    first = round(1.18 * 48_000)
+    assert np.abs(found[: first - 1100]).max() == 0  # this MP4 does not say to drop the codec's own 1024 samples
+    errors = [
+        np.square(found[first + by + 2000 : first + by + 46_000] - sweep[2000:46_000]).mean() ** 0.5
+        for by in range(-48, 49)
+    ]
+    assert min(errors) < 0.015  # within a millisecond, to which the writing rounds
+
+
+def test_a_file_with_one_track_is_what_that_track_is(tmp_path):
+    """However late it begins: there is nothing that it could be late for."""
+    clock = Clock(0.0, 10, 0.6, 0.4)
+    for name in ("a.mp4", "a.mkv"):
+        path = clock.write(tmp_path / name)
+        alone = tmp_path / f"alone-{name}"
+        with av.open(str(path)) as old, av.open(str(alone), "w") as new:
+            copy = new.add_stream_from_template(old.streams.audio[0])
+            for packet in old.demux(old.streams.audio[0]):
+                if packet.dts is not None:
+                    packet.stream = copy
+                    new.mux(packet)
+        assert heard(alone) == clock.samples().tolist()
+    late = write_greys(tmp_path / "b.mp4", count=4, stamps=[700, 720, 740, 760])
+    assert shown(read_frames(late)) == shown(read_frames(late, num_frames=4)) == [0, 1, 2, 3]
+
+
+def test_damaged_times_do_not_ask_for_all_memory(tmp_path):
+    far = Clock(0.0, 5, 90_000.0, 0.2).write(tmp_path / "far.mkv")
+    with pytest.raises(MediaError, match="far.mkv: the picture lasts 90000 s without its sound, .* damaged times"):
+        read_audio(far)
+    for how in ({}, {"frames_per_second": 25}):
+        with pytest.raises(MediaError, match="far.mkv: 5 frames would be repeated until they are 2250005, .* damaged"):
+            read_frames(far, **how)
+    assert heard(far, max_seconds=0.5) == [0] * 4000
+    assert shown(read_frames(far, num_frames=5)) == [0, 1, 2, 3, 4]
+    assert shown(read_frames(far, frames_per_second=5, max_seconds=0.8)) == [0, 4, 4, 4]
 
 
 def test_a_file_inside_a_tar_is_read_in_place(tmp_path):
@@ -592,13 +779,13 @@ def test_what_is_no_media_is_refused_in_one_line(broken, read, name, message):
 
 def test_a_missing_track_is_named(tmp_path):
     silent = write_greys(tmp_path / "silent.mp4")
-    with pytest.raises(MediaError, match="silent.mp4: has no audio track; give the clip in videos= only"):
+    with pytest.raises(MissingTrackError, match="silent.mp4: has no audio track; give the clip in videos= only"):
         read_audio(silent)
     sound = write_wav(tmp_path / "sound.wav", np.zeros((1, 100), np.int16))
-    with pytest.raises(MediaError, match="sound.wav: has no video track; give the clip in audio= only"):
+    with pytest.raises(MissingTrackError, match="sound.wav: has no video track; give the clip in audio= only"):
         read_frames(sound)
     nothing = write_wav(tmp_path / "nothing.wav", np.zeros((1, 0), np.int16))
-    with pytest.raises(MediaError, match="nothing.wav"):
+    with pytest.raises(MissingTrackError, match="nothing.wav: the audio track is empty; give the clip in videos= only"):
         read_audio(nothing)
 
 
@@ -616,8 +803,127 @@ def test_the_cover_of_a_song_is_no_video(tmp_path):
         container.mux(sound.encode(frame))
         container.mux(sound.encode(None))
     assert read_audio(path)[1] == 48_000
-    with pytest.raises(MediaError, match="song.mp3: has no video track"):
+    with pytest.raises(MissingTrackError, match="song.mp3: has no video track"):
         read_frames(path)
+
+
+def test_words_to_read_are_no_track(tmp_path):
+    (tmp_path / "a.srt").write_text("1\n00:00:00,000 --> 00:00:02,000\nhello\n")
+    with av.open(str(tmp_path / "a.srt")) as old, av.open(str(tmp_path / "words.mkv"), "w") as new:
+        copy = new.add_stream_from_template(old.streams[0])
+        for packet in old.demux():
+            if packet.size:
+                packet.stream = copy
+                new.mux(packet)
+    for read, kind in ((read_audio, "audio"), (read_frames, "video")):
+        with pytest.raises(MissingTrackError, match=f"words.mkv: has no {kind} track; leave it out"):
+            read(tmp_path / "words.mkv")
+    with pytest.raises(MissingTrackError, match="words.mkv: has neither an audio nor a video track"):
+        probe(tmp_path / "words.mkv")
+
+
+def test_a_format_that_nothing_decodes_is_named(tmp_path):
+    path = CLOCKS["together"].write(tmp_path / "a.mp4")
+    content = path.read_bytes()
+    where = content.rindex(b"avc1")
+    path.write_bytes(content[:where] + b"zzzz" + content[where + 4 :])
+    message = "a.mp4: its video track is in a format that nothing here decodes; re-encode it"
+    with pytest.raises(MediaError, match=message) as caught:
+        read_frames(path)
+    assert not isinstance(caught.value, MissingTrackError)
+    assert heard(path) == CLOCKS["together"].heard()
+    assert probe(path) == {"audio": 1.0, "video": 1.0}  # it is there
+
+
+def test_a_track_whose_content_is_gone_is_damaged_and_not_missing(tmp_path):
+    path = write_audio(tmp_path / "a.ogg", np.zeros((1, 9600), np.float32), "libopus", "fltp", "mono")
+    whole = path.read_bytes()
+    for cut in (len(whole) // 3, len(whole) // 2):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(MediaError, match="a.ogg: .*damaged") as caught:
+            read_audio(path)
+        assert not isinstance(caught.value, MissingTrackError)
+
+
+def png(width, height):
+    """A picture that says it is of this size, and has nothing in it."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", b""), (b"IEND", b"")]
+    packed = [struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c)) for kind, c in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+@pytest.mark.parametrize("size", [(2**31 - 1, 2**31 - 1), (60_000, 30_000), (16_000, 16_000), (0, 5)])
+def test_a_size_that_cannot_be_is_refused(tmp_path, size):
+    (tmp_path / "big.png").write_bytes(png(*size))
+    with pytest.raises(MediaError, match="big.png: .*; re-encode it or leave it out"):
+        read_frames(tmp_path / "big.png")
+
+
+def test_large_frames_come_in_smaller_pieces(tmp_path, monkeypatch):
+    path = write_greys(tmp_path / "a.mp4", count=7)
+    monkeypatch.setattr("pe_av.data.media.CHUNK_BYTES", 3 * 3 * HEIGHT * WIDTH)
+    assert [len(piece) for piece in iter_frames(path)] == [3, 3, 1]
+    monkeypatch.setattr("pe_av.data.media.CHUNK_BYTES", 1)
+    assert [len(piece) for piece in iter_frames(path)] == [1] * 7
+    monkeypatch.setattr("pe_av.data.media.MAX_PIXELS", HEIGHT * WIDTH - 1)
+    with pytest.raises(MediaError, match="a.mp4: .*damaged"):
+        read_frames(path)
+
+
+def test_a_picture_whose_size_changes_is_refused(tmp_path):
+    first = write_greys(tmp_path / "a.ts", count=8, options={"bf": "0"})
+    second = write_frames(tmp_path / "b.ts", noise(8, 96, 128), stamps=[4 * i + 32 for i in range(8)])
+    (tmp_path / "both.ts").write_bytes(first.read_bytes() + second.read_bytes())
+    with pytest.raises(MediaError, match="both.ts: the picture's size changes midway; re-encode it with a fixed one"):
+        read_frames(tmp_path / "both.ts")
+
+
+def test_whatever_happened_to_a_file_its_reading_ends_in_one_line(tmp_path):
+    """Bytes overwritten, taken out and put in at random, most of them where the headers are."""
+    seeds = [CLOCKS["apart"].write(tmp_path / name) for name in ("seed.mp4", "seed.mkv")]
+    seeds.append(write_wav(tmp_path / "seed.wav", np.arange(300, dtype=np.int16)[None]))
+    seeds.append(write_frames(tmp_path / "seed.avi", noise(3), "ffv1", "bgr0"))
+    reads = (
+        probe,
+        read_audio,
+        partial(read_audio, start=0.3, max_seconds=0.2),
+        partial(read_frames, num_frames=4),
+        partial(read_frames, frames_per_second=5, max_seconds=2),
+        partial(read_frames, start=0.1, end=0.5),
+    )
+    read, refused = 0, 0
+    for seed in seeds:
+        whole = seed.read_bytes()
+        for number in range(60):
+            chance, content = random.Random(number), bytearray(whole)
+            for _ in range(chance.choice((1, 1, 2, 8))):
+                at = min(int(chance.expovariate(1 / 200)), len(content) - 1)
+                at = chance.choice((at, len(content) - 1 - at))  # MP4 has its header at the end
+                gone = chance.choice((0, 1, 1, 4, 4, 30))
+                content[at : at + gone] = chance.choice(
+                    (b"", b"\0" * gone, b"\xff" * gone, chance.randbytes(gone or 9))
+                )
+            path = seed.with_name("mutated" + seed.suffix)
+            path.write_bytes(content)
+            for one in reads:
+                try:
+                    one(path)
+                    read += 1
+                except MediaError as error:
+                    assert str(error).startswith(str(path)) and "\n" not in str(error)
+                    refused += 1
+    assert read > 200 and refused > 200
+
+
+@pytest.mark.parametrize("name", ["a\ud800.wav", "a\udce9.wav"])  # half a character, and a byte that is no UTF-8
+def test_names_that_are_no_unicode(tmp_path, name):
+    for read in (read_audio, read_frames, probe):
+        with pytest.raises(MediaError, match="no such file"):
+            read(tmp_path / name)
+    if name == "a\udce9.wav":  # which a file may well have
+        content = write_wav(tmp_path / "a.wav", np.arange(100, dtype=np.int16)[None]).read_bytes()
+        (tmp_path / name).write_bytes(content)
+        assert read_audio(tmp_path / name)[0].shape == (1, 100)
 
 
 def test_frames_without_times_are_refused(tmp_path):

@@ -17,7 +17,7 @@ from pe_av.config import AudioConfig, CodecConfig, ConfigError, ModelConfig, Tex
 from pe_av.config_files import model_config_yaml
 from pe_av.data.dataset import ClipReader, Collate
 from pe_av.data.manifest import Clip
-from pe_av.data.media import MediaError, read_audio, read_frames
+from pe_av.data.media import MediaError, MissingTrackError, read_audio, read_frames
 from pe_av.data.processor import Processor, pad_to_hops
 
 SIZE = 28
@@ -475,6 +475,176 @@ def test_a_dataset_makes_the_same_batch_in_two_steps(processor, clip):
         assert torch.equal(rows[0], (whole | {"pixel_values_videos": bytes_of})[name][0]), name
     assert batch["padding_mask"].sum(1).tolist() == [25 * HOP, 13 * HOP]
     assert batch["padding_mask_videos"].sum(1).tolist() == [25, 13]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one clock, and clips of which something is missing
+
+
+def write_tracks(path, sound_at=None, picture_at=None):
+    """One second each of loud 48 kHz sound and of 25 noisy frames, from these times on; None: no such track."""
+    with av.open(str(path), "w") as container:
+        sound = None if sound_at is None else container.add_stream("pcm_s16le", rate=48_000, layout="mono")
+        picture = None if picture_at is None else container.add_stream("ffv1", rate=25)
+        if picture is not None:  # before the first packet is written
+            picture.width, picture.height, picture.pix_fmt = 48, 32, "bgr0"
+            picture.codec_context.time_base = Fraction(1, 1000)
+        if sound is not None:
+            samples = np.full((1, 48_000), 2**14, np.int16)
+            frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+            frame.sample_rate, frame.time_base, frame.pts = 48_000, Fraction(1, 48_000), round(sound_at * 48_000)
+            container.mux(sound.encode(frame))
+            container.mux(sound.encode(None))
+        if picture is not None:
+            for index, pixels in enumerate(make_frames(25)):
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+                frame.pts, frame.time_base = round(1000 * picture_at) + 40 * index, Fraction(1, 1000)
+                container.mux(picture.encode(frame))
+            container.mux(picture.encode(None))
+    return path
+
+
+def test_sound_and_picture_of_a_file_are_on_one_clock(processor, tmp_path):
+    late_sound = write_tracks(tmp_path / "sound.mkv", sound_at=0.6, picture_at=0.0)
+    late_picture = write_tracks(tmp_path / "picture.mkv", sound_at=0.0, picture_at=0.6)
+    batch = processor(audio=[late_sound, late_picture], videos=[late_sound, late_picture])
+    loud = torch.arange(40 * HOP) >= 15 * HOP  # 1.6 s, of which 0.6 are silent, and then as many after the sound
+    assert torch.equal(batch["input_values"][:, 0], torch.stack([loud, loud.flip(0)]).float() / 2)
+    frames = processor(videos=make_frames(25))["pixel_values_videos"][0]
+    held = torch.arange(40).clamp(max=24)
+    assert torch.equal(batch["pixel_values_videos"][0], frames[held])
+    assert torch.equal(batch["pixel_values_videos"][1], frames[24 - held.flip(0)])
+    # neither depends on what else of the file is used, or where else the other kind is from
+    crossed = processor(audio=[late_picture, late_sound], videos=[late_sound, late_picture])
+    assert torch.equal(crossed["input_values"], batch["input_values"].flip(0))
+    assert torch.equal(crossed["pixel_values_videos"], batch["pixel_values_videos"])
+    assert torch.equal(processor(audio=late_sound)["input_values"][0], batch["input_values"][0])
+
+
+def test_a_part_of_a_file_is_that_part_of_its_clock(processor, tmp_path):
+    path = write_tracks(tmp_path / "a.mkv", sound_at=0.6, picture_at=0.0)
+    read = ClipReader(processor, 30)
+    whole = read(Clip("a", str(path), str(path)))
+    for start, end in [(0.2, 1.0), (0.6, 1.6), (1.0, 1.4), (1.2, None)]:
+        part = read(Clip("a", str(path), str(path), start=start, end=end))
+        first, after = round(start * 25), round((end or 1.6) * 25)
+        assert torch.equal(part["waveform"], whole["waveform"][first * HOP : after * HOP])
+        kept = slice(first, after) if first < 24 else slice(24, 25)  # a single frame fills any time
+        assert torch.equal(part["frames"], whole["frames"][kept])
+
+
+def test_sixteen_frames_of_a_late_picture_are_spread_over_the_time(tmp_path):
+    processor = Processor(make_config(num_frames=16))
+    late = processor.video_item(write_tracks(tmp_path / "late.mkv", sound_at=0.0, picture_at=0.6))
+    frames = processor.video_item(make_frames(25)[[max(i * 39 // 15 - 15, 0) for i in range(16)]])
+    assert torch.equal(late, frames)
+    together = processor.video_item(write_tracks(tmp_path / "together.mkv", sound_at=0.0, picture_at=0.0))
+    assert torch.equal(together, processor.video_item(make_frames(25)[[int(i * 24 / 15) for i in range(16)]]))
+
+
+def test_the_processor_tells_a_missing_track_from_damage(processor, tmp_path):
+    silent = write_tracks(tmp_path / "silent.mkv", picture_at=0.0)
+    with pytest.raises(MissingTrackError, match=r"^audio\[0\]: .*silent.mkv: has no audio track"):
+        processor(audio=silent)
+    (tmp_path / "torn.mkv").write_bytes(silent.read_bytes()[:100])
+    with pytest.raises(MediaError, match=r"^audio\[0\]: .*torn.mkv: .*damaged") as caught:
+        processor(audio=tmp_path / "torn.mkv")
+    assert not isinstance(caught.value, MissingTrackError)
+
+
+def test_what_is_missing_of_a_clip_is_told_apart_from_what_is_broken(processor, tmp_path):
+    read = ClipReader(processor, 30)
+    both = write_tracks(tmp_path / "both.mkv", sound_at=0.0, picture_at=0.0)
+    silent, blind = write_tracks(tmp_path / "silent.mkv", None, 0.0), write_tracks(tmp_path / "blind.mkv", 0.0)
+    torn = tmp_path / "torn.mkv"
+    torn.write_bytes(both.read_bytes()[:100])
+    captions = {None: ["a dog"]}
+
+    def found(audio, video, **more):
+        item = read(Clip("a", audio and str(audio), video and str(video), captions, **more))
+        assert item["id"] == "a" and item["captions"] == captions
+        told = {key: item[key] for key in ("error", "partial") if key in item}
+        return sorted(item.keys() & {"waveform", "frames"}), told
+
+    assert found(both, both) == (["frames", "waveform"], {})
+    assert found(None, both) == (["frames"], {})
+    no_sound = f"{silent}: has no audio track; give the clip in videos= only, or leave it out"
+    no_picture = f"{blind}: has no video track; give the clip in audio= only, or leave it out"
+    assert found(silent, silent) == (["frames"], {"partial": no_sound})
+    assert found(blind, blind) == (["waveform"], {"partial": no_picture})
+    assert found(silent, blind) == ([], {"partial": f"{no_sound}; {no_picture}"})
+    kept, told = found(torn, torn)
+    assert kept == [] and set(told) == {"error"} and told["error"].startswith(f"{torn}: ") and "; " in told["error"]
+    kept, told = found(torn, blind)
+    assert kept == [] and told["partial"] == no_picture and told["error"].startswith(f"{torn}: ")
+    kept, told = found(tmp_path / "no.wav", both)
+    assert kept == ["frames"] and told == {"error": f"{tmp_path}/no.wav: no such file"}
+    # what the manifest left out
+    problem = "the caption is empty; the audio_caption is not UTF-8; the visual_caption is empty"
+    assert found(both, both, problem="the caption is empty")[1] == {"partial": "the caption is empty"}
+    assert found(silent, both, problem=problem)[1] == {
+        "error": "the audio_caption is not UTF-8",
+        "partial": f"the caption is empty; the visual_caption is empty; {no_sound}",
+    }
+
+
+def test_a_caption_without_words_is_missing(processor, clip):
+    captions = {None: ["a dog", " "], "visual": ["\n"]}
+    item = ClipReader(processor, 30)(Clip("a", str(clip), str(clip), captions, problem="the caption is empty"))
+    assert item["captions"] == {None: ["a dog"]} and "error" not in item
+    assert item["partial"] == "the caption is empty; the visual_caption is empty"
+
+
+class Odd(Exception):
+    def __str__(self):
+        return "over\ntwo lines"
+
+
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (AttributeError("no codec"), "AttributeError: no codec"),
+        (KeyError("pts"), "KeyError: 'pts'"),
+        (MemoryError(), "MemoryError: "),
+        (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
+        (UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "bad"), "UnicodeDecodeError: "),
+        (Odd(), "Odd: over two lines"),
+        (AssertionError(), "AssertionError: "),
+        (StopIteration(), "StopIteration: "),
+    ],
+)
+def test_whatever_reading_raises_is_one_bad_item(processor, monkeypatch, error, reason):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(processor, "audio_item", fail)
+    monkeypatch.setattr(processor, "video_item", lambda *args, **kwargs: torch.zeros(1, 3, SIZE, SIZE))
+    item = ClipReader(processor, 30)(Clip("a", "a.mp4", "a.mp4"))
+    assert item["error"].startswith(f"a.mp4: {reason.strip()}") and "\n" not in item["error"]
+    assert "frames" in item and "waveform" not in item
+
+
+def test_a_user_who_stops_is_obeyed(processor, monkeypatch):
+    for error in (KeyboardInterrupt, SystemExit):
+        monkeypatch.setattr(
+            processor, "audio_item", lambda *args, _error=error, **kwargs: (_ for _ in ()).throw(_error)
+        )
+        with pytest.raises(error):
+            ClipReader(processor, 30)(Clip("a", "a.mp4"))
+
+
+def test_half_characters_make_one_bad_item(processor, clip):
+    """JSON can hold the half of a surrogate pair, which no file system, tokenizer or terminal takes."""
+    item = ClipReader(processor, 30)(
+        Clip("a", "no\ud800.wav", str(clip), {None: ["a dog", "a \ud83d"], "audio": ["\udc00"]})
+    )
+    assert item["captions"] == {None: ["a dog"]} and "frames" in item
+    told = ("the caption is not UTF-8", "the audio_caption is not UTF-8", "no\\ud800.wav: no such file")
+    assert item["error"] == "; ".join(told) and "partial" not in item
+    batch = Collate(processor)([item])
+    assert batch["ids"] == ["a"] and batch["captions"] == [["a dog"]]
+    silent = ClipReader(processor, 30)(Clip("a", None, "no\udce9\ud800.mp4", {None: ["a dog"]}))
+    silent["error"].encode()
 
 
 def test_lists_must_have_one_length(processor):

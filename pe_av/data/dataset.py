@@ -19,7 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from ..config import HEADS, ConfigError, DataConfig
 from .demo import prepare_demo
 from .loader import read_all
-from .manifest import Clip, Manifest, read_manifest
+from .manifest import CAPTION_COLUMNS, Clip, Manifest, read_manifest
+from .media import MediaError, MissingTrackError
 from .parts import caption_key, text_name
 from .processor import Processor, mask_of
 from .stamps import prepare_stamps
@@ -36,14 +37,22 @@ TOLD = {"text_audio": "audio", "audio_plus_text": "audio", "text_video": "visual
 
 
 class ClipReader:
-    """Decodes a clip: {"id", "captions", "waveform", "frames"} as far as it has them, "error" for what is not read."""
+    """Decodes a clip: {"id", "captions", "waveform", "frames"} as far as it has them, and where there is something to
+    tell, "error": what is damaged or cannot be read, and "partial": what merely is not there, a track or a caption."""
 
     def __init__(self, processor: Processor, max_seconds: float):
         self.processor, self.max_seconds = processor, max_seconds
 
     def __call__(self, clip: Clip) -> dict[str, Any]:
-        item: dict[str, Any] = {"id": clip.id, "captions": clip.captions}
-        errors = [clip.problem] if clip.problem else []
+        problems = clip.problem.split("; ") if clip.problem else []
+        absent = [problem for problem in problems if problem.endswith(" is empty")]
+        errors = [problem for problem in problems if problem not in absent]
+        item: dict[str, Any] = {"id": clip.id, "captions": {}}
+        for kind, texts in clip.captions.items():
+            absent += [f"the {CAPTION_COLUMNS[kind]} is empty" for text in texts if not text.strip()]
+            errors += [f"the {CAPTION_COLUMNS[kind]} is not UTF-8" for text in texts if not _is_text(text)]
+            if good := [text for text in texts if text.strip() and _is_text(text)]:
+                item["captions"][kind] = good
         readers = (
             ("waveform", clip.audio, self.processor.audio_item),
             ("frames", clip.video, self.processor.video_item),
@@ -52,9 +61,22 @@ class ClipReader:
             if source is not None:
                 try:
                     item[name] = read(source, max_seconds=self.max_seconds, start=clip.start, end=clip.end)
-                except (ValueError, OSError, RuntimeError, MemoryError) as error:  # MediaError is a ValueError
-                    errors.append(str(error))
-        return item | ({"error": "; ".join(dict.fromkeys(errors))} if errors else {})
+                except Exception as error:  # whatever a decoder does to one clip of millions, the others go on
+                    (absent if isinstance(error, MissingTrackError) else errors).append(_reason(source, error))
+        told = {"error": errors, "partial": absent}
+        return item | {key: "; ".join(dict.fromkeys(texts)) for key, texts in told.items() if texts}
+
+
+def _is_text(caption: str) -> bool:
+    """Whether it is Unicode; half of a surrogate pair, which JSON can hold, is not, and no tokenizer takes it."""
+    return not any("\ud800" <= character <= "\udfff" for character in caption)
+
+
+def _reason(source: str, error: Exception) -> str:
+    """One line that begins with the source and can be printed."""
+    text = str(error) if isinstance(error, MediaError) else f"{type(error).__name__}: {error}"
+    text = text if text.startswith(source) else f"{source}: {text}"
+    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
 
 
 def usable(item: dict[str, Any]) -> bool:

@@ -28,9 +28,9 @@ from pe_av.model.video import scale_frames
 
 Media = str | Path | Tensor | np.ndarray
 
-REACH = (
-    0.01  # seconds that the filter of `resample` reaches on either side: 6 periods of the lower rate, 1 kHz at least
-)
+# seconds that the filter of `resample` reaches on either side: 6 periods of the lower rate, 1 kHz at least
+REACH = 0.01
+RATES = (1_000, 1_000_000)  # Hz of a sound; below are kHz that were meant as Hz
 
 
 class Processor:
@@ -80,7 +80,8 @@ class Processor:
         Args:
             text: captions.
             audio: paths of media files, or waveforms as `audio_item` takes them.
-            videos: paths of media files, or frames as `video_item` takes them.
+            videos: paths of media files, or frames as `video_item` takes them. Sound and picture of one file are on
+                one clock, however late either begins (`data.media`); those of two files begin with their own files.
             sampling_rate: Hz of all the waveforms, for which it is required; files bring their own.
             max_seconds: cut files and waveforms to their first part; frames given as a tensor stay as they are.
         Returns:
@@ -143,6 +144,10 @@ class Processor:
             begin = max(math.floor(start - REACH), 0)
             waveform, rate = read_audio(audio, start=begin, end=None if end is None else end + REACH)
             where = f"{audio}: "
+            if not RATES[0] <= rate <= RATES[1]:
+                raise MediaError(
+                    f"{where}its rate of {rate} Hz is outside {RATES[0]} to {RATES[1]}; resample or leave it out"
+                )
         else:
             if start:
                 raise ValueError("start and end cut files; cut a waveform before you give it")
@@ -290,8 +295,9 @@ def _checked_rate(rate: int | None) -> int:
     if rate is None:
         raise MediaError("a waveform needs its rate: pass sampling_rate= in Hz")
     whole = isinstance(rate, int | float | np.number) and float(rate).is_integer()
-    if not whole or not 1_000 <= rate <= 1_000_000:  # below are kHz that were meant as Hz
-        raise MediaError(f"sampling_rate={rate} is not a rate in Hz, 1000 to 1000000; pass the one it was recorded at")
+    if not whole or not RATES[0] <= rate <= RATES[1]:
+        limits = f"{RATES[0]} to {RATES[1]}"
+        raise MediaError(f"sampling_rate={rate} is not a rate in Hz, {limits}; pass the one it was recorded at")
     return int(rate)
 
 
@@ -341,7 +347,7 @@ def _each(kind: str, items: list, process: Callable[[Any], Tensor]) -> list[Tens
         try:
             done.append(process(item))
         except MediaError as error:
-            raise MediaError(f"{kind}[{index}]: {error}") from error
+            raise type(error)(f"{kind}[{index}]: {error}") from error  # a track that is missing stays one
     return done
 
 
