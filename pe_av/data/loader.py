@@ -84,7 +84,8 @@ class BatchSampler:
         """
         self.size, self.shuffle, self.seed, self.rank, self.world = size, shuffle, seed, rank, world
         self.batch_size, self.max_tokens = batch_size, max_tokens
-        self.mixture = Mixture({"data": size}, {"data": 1.0}) if mixture is None else mixture
+        self.mixed = mixture is not None
+        self.mixture = mixture or Mixture({"data": size}, {"data": 1.0})
         self.tokens = None if lengths is None else _tokens(lengths)
         self.parts = None if parts is None else parts.astype(np.uint8)
         self.batches_per_step = 1 if shuffle else world
@@ -136,12 +137,13 @@ class BatchSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """What identifies the stream of batches."""
+        sets = self.mixture
         return {
             "clips": self.size,
             "seed": self.seed,
             "rows": self.batch_size if self.max_tokens is None else None,
             "tokens": self.max_tokens,
-            "sets": {name: [size, self.mixture.weights[name]] for name, size in self.mixture.sizes.items()},
+            "sets": [[name, size, sets.weights[name]] for name, size in sets.sizes.items()] if self.mixed else None,
         }
 
     def _chance(self, number: int, clips: np.ndarray, batch: int) -> np.ndarray:
@@ -192,7 +194,9 @@ class BatchSampler:
 
     def _sorted(self, clips: np.ndarray) -> np.ndarray:
         keys = [values[clips] for values in (self.tokens, self.parts) if values is not None]
-        return clips[np.lexsort(keys)] if keys else np.sort(clips) if self._may_repeat else clips
+        if self._may_repeat:
+            keys.insert(0, clips)  # among alike ones, the copies of a clip side by side
+        return clips[np.lexsort(keys)] if keys else clips
 
     def _repeats(self, clips: np.ndarray) -> int:
         """How often the clip comes that comes most often."""
@@ -349,17 +353,16 @@ STREAM = {
 }
 
 
-def _differing(state: dict[str, Any], now: dict[str, list]) -> tuple[str, str, str]:
+def _differing(state: dict[str, Any], now: list[list] | None) -> tuple[str, str, str]:
     """(was, now, what) of the first set that two mixtures do not share, or of their order."""
-
-    def told(sets: dict[str, list], name: str) -> str:
-        return "{} clips with weight {:g}".format(*sets[name]) if name in sets else "not there"
-
-    before = state.get("sets") or {}
-    for name in [*before, *now]:
-        if before.get(name) != now.get(name):
-            return told(before, name), told(now, name), f"set {name} of data.mix"
-    return ", ".join(before), ", ".join(now), "order of data.mix"
+    before, after = ({name: told for name, *told in sets} for sets in (state.get("sets") or [], now or []))
+    for name in before | after:
+        if before.get(name) != after.get(name):
+            was, is_now = (
+                "{} clips with weight {:g}".format(*sets[name]) if name in sets else "none" for sets in (before, after)
+            )
+            return was, is_now, f"set {name} of data.mix"
+    return ", ".join(before), ", ".join(after), "order of data.mix"
 
 
 @dataclass
