@@ -289,6 +289,18 @@ class StampsConfig:
 
 
 @dataclass
+class MixConfig:
+    """One of several data sets to train on."""
+
+    train: str  # manifest
+    split: str | None = None  # only the rows of this split; None: all
+    weight: float = 1.0  # how much of an epoch is of it, in proportion to the weights of the others
+
+    def __post_init__(self) -> None:
+        require(self.weight > 0, f"data.mix: {self.train}: weight={self.weight} is not positive")
+
+
+@dataclass
 class DataConfig:
     """Clips with captions. What a manifest is: data/manifest.py."""
 
@@ -296,13 +308,16 @@ class DataConfig:
     eval: str | None = None  # manifest to evaluate on
     train_split: str | None = None  # only the rows of this split; None: all
     eval_split: str | None = None
+    mix: dict[str, MixConfig] = field(default_factory=dict)  # instead of train: name -> set, drawn by weights
     demo: DemoConfig | None = None  # render the demo world and use its two manifests
     stamps: StampsConfig | None = None  # or the stamps
     max_seconds: float = 30.0  # longer files are cut to their first part
+    random_crop: bool = False  # train on another part of a longer clip in every epoch, where its length is known
     in_memory: bool = False  # decode every file once and keep it: for small sets
     num_workers: int = 2  # processes that decode while the model trains; 0: decode in the training process
     time_limit: float = 60.0  # seconds in which a worker must have read a clip; else it is replaced and the clip bad
-    batch_tokens: int | None = None  # instead of batch_size: positions of sound, 25 per second, that a batch may hold
+    # instead of batch_size: positions of sound, 25 per second, that a batch of all ranks together may hold
+    batch_tokens: int | None = None
     cache: str | None = None  # folder of features that python -m pe_av.data.cache has computed
 
     def __post_init__(self) -> None:
@@ -312,6 +327,11 @@ class DataConfig:
         require(
             self.batch_tokens is None or self.batch_tokens >= 2, f"data.batch_tokens={self.batch_tokens} is below 2"
         )
+        require(
+            not self.random_crop or (self.cache is None and not self.in_memory),
+            "data.random_crop=true needs the files themselves: unset data.cache and data.in_memory",
+        )
+        require(not self.mix or self.train is None, "data.mix and data.train are both set: put the manifest into mix")
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The order of the data: what is in every batch, and that it goes on after a kill as if nothing had happened."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -7,8 +8,12 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+import tracemalloc
 from collections import Counter
+from concurrent.futures import CancelledError
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +21,7 @@ import pytest
 import torch
 
 from pe_av.config import ConfigError
-from pe_av.data.loader import WINDOW, BatchSampler, Loader, read_all
+from pe_av.data.loader import WINDOW, BatchSampler, Loader, crop, read_all, start_pool
 from pe_av.data.manifest import Clip
 
 ROOT = Path(__file__).parent.parent
@@ -30,28 +35,40 @@ def epoch(sampler: BatchSampler, number: int = 0) -> list[list[int]]:
 # what makes up a batch
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("how", ["plain", "lengths", "tokens"])
-def test_ranks_share_an_epoch_without_duplicates_or_loss(world, how):
+def test_ranks_share_the_batches_that_one_process_sees(how):
     lengths = None if how == "plain" else np.random.default_rng(1).uniform(1, 30, 20_000)
-    tokens = 3000 if how == "tokens" else None
+    tokens = 36_000 if how == "tokens" else None
+
+    def sampler(**place: int) -> BatchSampler:
+        return BatchSampler(20_000, 50, shuffle=True, seed=7, lengths=lengths, max_tokens=tokens, **place)
+
     for number in range(2):
-        seen, batches = [], []
-        for rank in range(world):
-            options = dict(lengths=lengths, max_tokens=tokens, rank=rank, world=world)
-            batches.append(epoch(BatchSampler(20_000, 12, shuffle=True, seed=7, **options), number))
-            seen += [clip for batch in batches[-1] for clip in batch]
+        whole = epoch(sampler(), number)
+        seen = [clip for batch in whole for clip in batch]
         assert max(Counter(seen).values()) == 1
-        assert 20_000 - len(seen) < 12 * world
-        # every rank has the same number of rows in every step
-        for step in zip(*batches, strict=True):
-            assert len({len(batch) for batch in step}) == 1
-        whole = [sorted(sum(step, [])) for step in zip(*batches, strict=True)]
-        if how != "tokens":
-            assert {len(batch) for batch in whole} == {12 * world}
-            if world > 1 and 12 % world == 0:  # one process with the whole batch sees the same ones
-                alone = BatchSampler(20_000, 12 * world, shuffle=True, seed=7, lengths=lengths)
-                assert [sorted(batch) for batch in epoch(alone, number)] == whole
+        assert 20_000 - len(seen) < (2 if tokens else 50)
+        assert tokens or {len(batch) for batch in whole} == {50}
+        for world in (2, 3, 7):  # 50 is no multiple of 3 and 7
+            ranks = [epoch(sampler(rank=rank, world=world), number) for rank in range(world)]
+            for batch, *step in zip(whole, *ranks, strict=True):
+                assert sorted(sum(step, [])) == sorted(batch)
+                sizes = [len(rows) for rows in step]
+                assert max(sizes) <= min(sizes) + 1 and max(sizes) == -(-len(batch) // world)
+
+
+def test_the_order_is_that_of_one_permutation():
+    for seed, number in ((0, 0), (3, 5)):
+        ours = sum(epoch(BatchSampler(640, 10, shuffle=True, seed=seed), number), [])
+        chance = np.random.default_rng((seed, number))
+        batches = chance.permutation(640).reshape(64, 10)  # one window
+        assert ours == batches[chance.permutation(64)].ravel().tolist()
+
+
+def test_a_rank_may_have_no_row():
+    ranks = [epoch(BatchSampler(20, 2, shuffle=True, rank=rank, world=3)) for rank in range(3)]
+    assert [{len(batch) for batch in rank} for rank in ranks] == [{1}, {1}, {0}]
+    assert {len(rank) for rank in ranks} == {10}
 
 
 def test_epochs_and_seeds_differ_and_repeat():
@@ -69,11 +86,13 @@ def test_what_does_not_fill_a_batch_is_different_every_epoch_and_not_the_longest
 
 
 def test_without_shuffling_everything_comes_once_in_order():
-    for world in (1, 2, 3):
-        batches = [epoch(BatchSampler(17, 4, rank=rank, world=world)) for rank in range(world)]
-        assert sorted(clip for rank in batches for batch in rank for clip in batch) == list(range(17))
-        assert len({len(rank) for rank in batches}) == 1
-    assert sum(epoch(BatchSampler(17, 4)), []) == list(range(17))
+    whole = epoch(BatchSampler(17, 4))
+    assert whole == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15], [16]]
+    for world in (1, 2, 3, 8):
+        ranks = [epoch(BatchSampler(17, 4, rank=rank, world=world)) for rank in range(world)]
+        for rank, batches in enumerate(ranks):
+            assert [batch for batch in batches if batch] == whole[rank::world]
+            assert len(batches) == -(-5 // world) == BatchSampler(17, 4, rank=rank, world=world).steps(0)
 
 
 def waste(lengths: np.ndarray, batches: list[list[int]]) -> float:
@@ -112,15 +131,71 @@ def test_a_batch_pairs_the_same_things():
 def test_every_caption_has_its_turn_and_a_clips_turn_is_its_own():
     sampler = BatchSampler(1000, 10, shuffle=True, seed=3)
     batch = np.arange(1000)
-    turns = np.array([sampler.picks(number, batch) for number in range(50)]) % 5
+    picks = np.array([sampler.picks(number, batch) for number in range(50)])
+    offsets = np.array([sampler.offsets(number, batch) for number in range(50)])
+    turns = picks % 5
     assert (turns == 0).mean() == pytest.approx(0.2, abs=0.01)
     assert all(len(set(column)) == 5 for column in turns.T)
     assert sampler.picks(4, batch)[17] == sampler.picks(4, np.array([17]))[0]
-    assert BatchSampler(1000, 10).picks(4, batch) == [0] * 1000
+    assert BatchSampler(1000, 10).picks(4, batch) == BatchSampler(1000, 10).offsets(4, batch) == [0] * 1000
+    from scipy.stats import chi2_contingency, kstest  # here, since the workers below import this file
+
+    # which part is read is as even, and depends on neither the caption nor the other epochs
+    assert kstest(offsets.ravel(), "uniform").pvalue > 0.01
+    assert chi2_contingency(np.histogram2d(turns.ravel(), offsets.ravel(), [5, 10])[0]).pvalue > 0.01
+    assert abs(np.corrcoef(offsets)[np.triu_indices(50, 1)]).max() < 0.15
+
+
+@pytest.mark.parametrize("tokens", [None, 400_000])
+def test_a_million_clips_are_planned_in_little_memory(tokens):
+    count = 1_000_000
+    lengths, parts = np.random.default_rng(0).uniform(1, 30, count), np.full(count, 7)
+    tracemalloc.start()  # numpy tells it of its arrays
+    try:
+        sampler = BatchSampler(count, 1024, shuffle=True, lengths=lengths, parts=parts, max_tokens=tokens)
+        seen = sum(len(batch) for batch in sampler.epoch(0))
+        assert tracemalloc.get_traced_memory()[1] < 40 * count
+    finally:
+        tracemalloc.stop()
+    assert count - seen < 1024
+
+
+class Counted(list):
+    """Clips, and which of them were asked for."""
+
+    asked: list[int] = []
+
+    def __getitem__(self, index: int) -> Clip:
+        self.asked.append(index)
+        return super().__getitem__(index)
+
+
+def test_going_on_in_the_middle_touches_no_clip_before_it():
+    given = Counted(clips(*[f"ok:{i}" for i in range(1000)]))
+    loader = Loader(given, read, BatchSampler(1000, 10, shuffle=True), together)
+    loader.load_state_dict(loader.state_dict() | {"batch": 98})
+    assert sum(len(batch["ids"]) for batch in loader) == len(given.asked) == 20
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # workers
+
+
+class Awkward(Exception):
+    """Travels by pickle, but cannot be made again from what is in it."""
+
+    def __init__(self, one: int, other: int):
+        super().__init__(f"{one}\nand {other}")
+
+
+class Unreadable:
+    """Arrives, and cannot be made again there."""
+
+    def __reduce__(self) -> tuple:
+        return int, ("no number",)
+
+
+RAISED = {"key": KeyError("stream"), "memory": MemoryError(), "awkward": Awkward(1, 2), "assert": AssertionError("no")}
 
 
 def read(clip: Clip) -> dict:
@@ -128,9 +203,21 @@ def read(clip: Clip) -> dict:
     what, _, value = clip.id.partition(":")
     if what == "hang":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as C code does that never comes back
+        if clip.video:
+            Path(clip.video).touch()
         time.sleep(1000)
     if what == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
+    if what in RAISED:
+        raise RAISED[what]
+    if what == "unsendable":
+        return {"id": clip.id, "value": lambda: value}
+    if what == "unreadable":
+        return {"id": clip.id, "value": Unreadable()}
+    if what == "none":
+        return None
+    if what == "long":
+        return {"id": clip.id, "start": clip.start, "end": clip.end}
     if multiprocessing.parent_process() is not None:
         time.sleep(random.random() * 0.02)  # clips come back in another order than they went
     return {"id": clip.id, "value": torch.full((3,), float(value)), "process": os.getpid()}
@@ -175,13 +262,167 @@ def test_a_clip_that_hangs_or_kills_its_worker_costs_only_itself():
     ]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_whatever_reading_raises_costs_one_clip(workers):
+    names = ["ok:1", "key:", "memory:", "awkward:", "ok:2", "assert:", "none:", "ok:3"]
+    expected = {
+        "key:": "key:.wav: KeyError: 'stream'",
+        "memory:": "memory:.wav: MemoryError",
+        "awkward:": "awkward:.wav: Awkward: 1 and 2",
+        "assert:": "assert:.wav: AssertionError: no",
+    }
+    if workers:  # what only fails on the way
+        names += ["unsendable:", "unreadable:", "ok:4"]
+        expected["unreadable:"] = "unreadable:.wav: ValueError: invalid literal for int() with base 10: 'no number'"
+    else:
+        names.remove("none:")
+    loader = Loader(clips(*names), read, BatchSampler(len(names), len(names)), together, workers, 30)
+    batch = next(iter(loader))
+    loader.close()
+    assert batch["ids"] == names
+    errors = {item["id"]: item["error"] for item in batch["bad"]}
+    assert {name: errors[name] for name in expected} == expected
+    if workers:
+        assert errors.keys() - expected.keys() == {"unsendable:", "none:"}
+        assert errors["unsendable:"].startswith("unsendable:.wav: AttributeError: Can't pickle local object")
+    assert [item["value"][0].item() for item in batch["items"] if "value" in item] == list(
+        range(1, 5 if workers else 4)
+    )
+
+
+def broken_collate(items: list[dict], picks: list[int]) -> dict:
+    raise ZeroDivisionError("in collate")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_collating_is_raised(workers):
+    loader = Loader(clips("ok:1", "ok:2"), read, BatchSampler(2, 2), broken_collate, workers, 30)
+    with pytest.raises(ZeroDivisionError, match="in collate"):
+        next(iter(loader))
+    loader.close()
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_pool_outlives_its_workers_and_leaks_nothing():
+    pool = start_pool(read, 2)
+
+    def outcomes(*names: str) -> list[str]:
+        items = [pool.read(clip, 20) for clip in clips(*names)]
+        return [future.result().get("error", "read") for future in items]
+
+    assert outcomes("ok:1", "ok:2", "ok:3") == ["read"] * 3
+    files, threads = open_files(), threading.active_count()
+    # without work between the crashes, so that workers also die within a moment of being given a clip
+    names = [f"crash:{i}" for i in range(24)] + ["ok:1", "crash:24", "ok:2", "crash:25", "ok:3"] + ["crash:26"] * 4
+    found = outcomes(*names)
+    assert found == [f"{name}.wav: reading it ended the process (-11)" if "crash" in name else "read" for name in names]
+    for process in multiprocessing.active_children():  # those that are idle, as where memory is short
+        os.kill(process.pid, signal.SIGKILL)
+        process.join(10)
+    assert outcomes("ok:1", "ok:2", "ok:3") == ["read"] * 3
+    assert threading.active_count() == threads and open_files() <= files
+    pool.close()
+    assert not multiprocessing.active_children()
+    assert open_files() < files
+
+
+def test_closing_takes_seconds_whatever_the_workers_do(tmp_path):
+    given = [Clip(f"hang:{i}", video=str(tmp_path / f"{i}")) for i in range(12)]
+    loader = Loader(given, read, BatchSampler(12, 4), together, 3)  # no time limit
+
+    def wait_for_a_batch() -> None:
+        with contextlib.suppress(CancelledError):
+            next(iter(loader))
+
+    thread = threading.Thread(target=wait_for_a_batch)
+    thread.start()
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    started = time.monotonic()
+    loader.close()
+    thread.join(5)
+    assert time.monotonic() - started < 5 and not thread.is_alive()
+    assert not multiprocessing.active_children()
+
+
+END = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from test_loader import clips, read
+from pe_av.data.loader import start_pool
+if __name__ == "__main__":
+    pool = start_pool(read, 2)
+    pool.read(clips("ok:1")[0]).result()
+    for clip in clips("hang:1", "hang:2", "hang:3"):
+        pool.read(clip)
+    raise SystemExit(7)
+"""
+
+
+def test_a_process_ends_although_its_workers_hang(tmp_path):
+    script = tmp_path / "end.py"
+    script.write_text(END.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    assert subprocess.run([sys.executable, str(script)], timeout=300, capture_output=True).returncode == 7
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# crops
+
+
+def test_a_crop_lies_within_the_clip():
+    assert crop(Clip("a", "a.wav", seconds=8.0), 10.0, 0.5) == Clip("a", "a.wav", seconds=8.0)
+    assert crop(Clip("a", "a.wav"), 10.0, 0.5) == Clip("a", "a.wav")  # nobody knows how long it is
+    for clip, first, last in (
+        (Clip("a", "a.wav", seconds=30.0), 0.0, 20.0),
+        (Clip("a", "a.wav", start=5.0, seconds=30.0), 5.0, 25.0),
+        (Clip("a", "a.wav", start=5.0, end=35.0), 5.0, 25.0),
+        (Clip("a", "a.wav", start=5.0, end=99.0, seconds=30.0), 5.0, 25.0),  # the file ends before the part
+        (Clip("a", "a.wav", start=5.0, end=20.0, seconds=30.0), 5.0, 10.0),
+    ):
+        for offset, start in ((0.0, first), (0.5, (first + last) / 2), (1.0, last)):
+            assert crop(clip, 10.0, offset) == replace(clip, start=start, end=start + 10.0)
+
+
+def crops(workers: int = 0, skip: int = 0, rank: int = 0, world: int = 1, shuffle: bool = True) -> list[tuple]:
+    """(epoch, id, start, end) over three epochs."""
+    given = [Clip(f"long:{i}", "a.wav", seconds=float(i)) for i in range(40)]
+    sampler = BatchSampler(40, 8, shuffle=shuffle, seed=2, rank=rank, world=world)
+    loader = Loader(given, read, sampler, together, workers, 30, crop_seconds=10.0)
+    loader.load_state_dict(loader.state_dict() | {"batch": skip})
+    found = []
+    while loader.epoch < 3:
+        now = loader.epoch
+        for batch in loader:
+            found += [(now, item["id"], item["start"], item["end"]) for item in batch["items"]]
+    loader.close()
+    return found
+
+
+def test_crops_follow_from_seed_epoch_and_clip():
+    whole = crops()
+    assert whole == crops(workers=2)
+    assert whole[24:] == crops(skip=3)
+    assert sorted(whole) == sorted(crops(rank=0, world=3) + crops(rank=1, world=3) + crops(rank=2, world=3))
+    starts = np.zeros((3, 40))
+    for now, name, start, end in whole:
+        length = int(name.partition(":")[2])
+        assert (start, end) == (0.0, None) if length <= 10 else 0 <= start <= length - 10 and end == start + 10
+        starts[now, length] = start
+    assert (starts[:, 11:] > 0).all() and all(len(set(column)) == 3 for column in starts[:, 11:].T)
+    assert {start for _, _, start, _ in crops(shuffle=False)} == {0.0}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # going on
 
 
 def make(workers: int = 0, rank: int = 0, world: int = 1, size: int = 103, **how) -> Loader:
     lengths = np.random.default_rng(5).uniform(1, 30, size)
-    sampler = BatchSampler(size, 6 // world, shuffle=True, seed=3, lengths=lengths, rank=rank, world=world, **how)
+    sampler = BatchSampler(size, 6, shuffle=True, seed=3, lengths=lengths, rank=rank, world=world, **how)
     return Loader(clips(*[f"ok:{i}" for i in range(size)]), read, sampler, together, workers, 30)
 
 
@@ -195,7 +436,7 @@ def stream(loader: Loader, batches: int) -> list[list[str]]:
     return ids
 
 
-@pytest.mark.parametrize("tokens", [None, 1600])
+@pytest.mark.parametrize("tokens", [None, 4800])
 def test_any_state_goes_on_after_it(tokens):
     whole = stream(make(max_tokens=tokens), 45)  # two epochs and a half
     for stop in (0, 1, 16, 17, 18, 30, 44):
@@ -207,6 +448,34 @@ def test_any_state_goes_on_after_it(tokens):
         assert stream(second, 45 - stop) == whole[stop:]
 
 
+@pytest.mark.parametrize("tokens", [None, 4800])
+def test_a_state_goes_on_with_another_number_of_ranks(tokens):
+    whole = stream(make(max_tokens=tokens), 45)
+    seen: list[list[str]] = []
+    state = make(max_tokens=tokens).state_dict()
+    for world, batches in ((1, 10), (2, 13), (3, 22)):
+        ranks = [make(rank=rank, world=world, max_tokens=tokens) for rank in range(world)]
+        for loader in ranks:
+            loader.load_state_dict(state)
+        seen += [sum(step, []) for step in zip(*[stream(loader, batches) for loader in ranks], strict=True)]
+        assert all(loader.state_dict() == ranks[0].state_dict() for loader in ranks)
+        state = json.loads(json.dumps(ranks[-1].state_dict()))
+    assert [sorted(ids) for ids in seen] == [sorted(ids) for ids in whole]
+
+
+def test_batches_bear_their_number():
+    loader = make()
+    assert [batch["number"] for batch in loader] == list(range(17))
+    assert next(iter(loader))["number"] == 0  # of the next epoch
+    found = []
+    for rank in range(2):  # without shuffling, whole batches
+        sampler = BatchSampler(17, 4, rank=rank, world=2)
+        found += [
+            (b["number"], b["ids"]) for b in Loader(clips(*[f"ok:{i}" for i in range(17)]), read, sampler, together)
+        ]
+    assert sorted(found) == [(b, [f"ok:{i}" for i in range(4 * b, min(4 * b + 4, 17))]) for b in range(6)]
+
+
 def test_the_state_of_another_stream_is_refused():
     state = make().state_dict()
     with pytest.raises(ConfigError, match="the number of clips was 103, now 104"):
@@ -215,6 +484,10 @@ def test_the_state_of_another_stream_is_refused():
         make().load_state_dict(state | {"seed": 4})
     with pytest.raises(ConfigError, match="the rows of a batch over all ranks was 12, now 6"):
         make().load_state_dict(state | {"rows": 12})
+    with pytest.raises(ConfigError, match="the tokens of a batch over all ranks was 4800, now 9600"):
+        make(max_tokens=9600).load_state_dict(make(max_tokens=4800).state_dict())
+    with pytest.raises(ConfigError, match="the rows of a batch over all ranks was 6, now None"):
+        make(max_tokens=9600).load_state_dict(state)
 
 
 RANK = """
