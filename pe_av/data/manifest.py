@@ -125,12 +125,6 @@ class Manifest(Sequence[Clip]):
         parts = 4 * self.table["audio"].is_valid().to_numpy() + 2 * self.table["video"].is_valid().to_numpy()
         return parts + np.any([column.to_numpy() for column in has_text], axis=0)
 
-    def kinds(self):
-        return {
-            kind: np.asarray(pc.greater(pc.coalesce(pc.list_value_length(self.table[c]), 0), 0).to_numpy())
-            for kind, c in CAPTION_COLUMNS.items()
-        }
-
     def write(self, path: str | Path) -> None:
         """To a file of the format that its name says; paths below its folder are written relative to it."""
         path = Path(path)
