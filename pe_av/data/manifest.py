@@ -362,23 +362,21 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
 
 def _in_batches(rows: Iterable[list[Any]]) -> Iterator[pa.RecordBatch]:
     """Rows of `SCHEMA`, as lists, a bounded number at a time."""
-    held: list[list[Any]] = []
-    characters = 0
-    for row in rows:
-        held.append(row)
-        characters += sum(len(text) for texts in row[len(TEXTS) + len(SECONDS) :] if texts for text in texts)
-        if len(held) == BATCH_ROWS or characters >= BATCH_CHARACTERS:
-            yield _batch(held)
-            held, characters = [], 0
-    if held:
-        yield _batch(held)
-
-
-def _batch(rows: list[list[Any]]) -> pa.RecordBatch:
-    columns = zip(*rows, strict=True)
-    return pa.RecordBatch.from_arrays(
-        [pa.array(values, kind) for values, kind in zip(columns, SCHEMA.types, strict=True)], schema=SCHEMA
-    )
+    rows = iter(rows)
+    while True:
+        # by columns at once: ten thousand lists that live on would keep the garbage collector busy half of the time
+        columns: list[list[Any]] = [[] for _ in SCHEMA]
+        characters = 0
+        for row in islice(rows, BATCH_ROWS):
+            for column, value in zip(columns, row, strict=True):
+                column.append(value)
+            characters += sum(sum(map(len, texts)) for texts in row[-len(CAPTION_COLUMNS) :] if texts)
+            if characters >= BATCH_CHARACTERS:
+                break
+        if not columns[0]:
+            return
+        arrays = [pa.array(values, kind) for values, kind in zip(columns, SCHEMA.types, strict=True)]
+        yield pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
 
 def _values(clip: Clip) -> list[Any]:
@@ -465,38 +463,38 @@ def _checked(row: dict[str, Any], where: str) -> list[Any]:
     Raises:
         ConfigError: it cannot be a clip.
     """
-    path, start, end = row.get("path"), row.get("start"), row.get("end")
-    for name in ("path", "audio", "video"):
-        if row.get(name) is not None and (not isinstance(row[name], str) or not row[name]):
+    path, audio, video = files = row.get("path"), row.get("audio"), row.get("video")
+    for name, file in zip(("path", "audio", "video"), files, strict=True):
+        if file is not None and (not isinstance(file, str) or not file):
             raise ConfigError(f'{where}: no text under "{name}"; a clip needs "path", or "audio" or "video"')
-    for name in SECONDS:
-        value = row.get(name)
-        if value is None:
-            continue
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not (0 <= value < 2**53 or value == math.inf):
+    start, end, _ = seconds = [row.get(name) for name in SECONDS]
+    for name, value in zip(SECONDS, seconds, strict=True):
+        if value is not None and not _is_time(value):
             raise ConfigError(f"{where}: {name}={value} is not a number of seconds")
     if end is not None and end <= (start or 0):
         raise ConfigError(f"{where}: end={end} is not after start={start or 0}")
     problems, lacks = ([row[name]] if isinstance(row.get(name), str) else [] for name in ("problem", "lacks"))
-    captions = []
-    said = 0
+    captions: list[list[str] | None] = []
+    said = False
     for column in CAPTION_COLUMNS.values():
         texts = row.get(column)
-        if not texts and not isinstance(texts, str):
-            captions.append(None)
-            continue
-        texts = [texts] if isinstance(texts, str) else texts
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        texts = [texts] if isinstance(texts, str) else texts or []
+        if not isinstance(texts, list):
             raise ConfigError(f'{where}: no text under "{column}"; it is a caption or a list of them')
-        said += len(texts)
-        kept = [text for text in texts if text.isascii() or not DAMAGE.search(text)]
-        problems += [f"the {column} is not UTF-8"] * (len(texts) - len(kept))
-        filled = [text for text in kept if text.strip()]
-        lacks += [f"the {column} is empty"] * (len(kept) - len(filled))
-        captions.append(filled or None)
-    audio, video = (path if row.get(name) is None else row[name] for name in ("audio", "video"))
-    if (audio is not None) + (video is not None) + (said > 0) < 2 or audio is video is None:
+        said = said or bool(texts)
+        kept = []
+        for text in texts:
+            if not isinstance(text, str):
+                raise ConfigError(f'{where}: no text under "{column}"; it is a caption or a list of them')
+            if not text.isascii() and DAMAGE.search(text):
+                problems.append(f"the {column} is not UTF-8")
+            elif not text or text.isspace():
+                lacks.append(f"the {column} is empty")
+            else:
+                kept.append(text)
+        captions.append(kept or None)
+    audio, video = audio or path, video or path
+    if not (audio or video) or (audio is not None) + (video is not None) + said < 2:
         raise ConfigError(f'{where}: nothing to pair; a clip needs two of sound, picture and caption, e.g. "path": …')
     name, split = row.get("id"), row.get("split")
     if name is None:
@@ -506,7 +504,12 @@ def _checked(row: dict[str, Any], where: str) -> list[Any]:
     for name, text in zip(TEXTS, texts, strict=True):
         if text is not None and not text.isascii() and SURROGATE.search(text):
             raise ConfigError(f"{where}: the {name} {ascii(text)} is not UTF-8; correct it, or save the file as UTF-8")
-    return [*texts, start, end, row.get("seconds"), *captions]
+    return texts + seconds + captions
+
+
+def _is_time(value: Any) -> bool:
+    """Whether it is seconds that float64 can hold; a part may end at infinity."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and (0 <= value < 2**53 or value == math.inf)
 
 
 def _entry(clip: Clip, folder: Path) -> dict[str, Any]:
