@@ -186,7 +186,7 @@ class Manifest(Sequence[Clip]):
             empty = {name for name in SCHEMA.names if all(b[name].null_count == len(b) for b in self._columns(name))}
             schema = pa.schema([column for column in SCHEMA if column.name not in empty]) if len(self) else SCHEMA
             with pq.ParquetWriter(path, schema) as writer:
-                for batch in _in_batches(_checked(row, str(path)) for row in rows()):
+                for batch in _in_batches(check_row(row, str(path)) for row in rows()):
                     writer.write_batch(batch.select(schema.names))
         elif path.suffix == ".csv":
             with path.open("w", newline="", encoding="utf-8") as file:
@@ -355,7 +355,7 @@ def _refuse_repeated(manifest: Manifest, path: Path) -> None:
 def _batches(path: Path) -> Iterator[pa.RecordBatch]:
     read = {".parquet": _parquet_rows, ".csv": _csv_rows}.get(path.suffix, _jsonl_rows)
     try:
-        yield from _in_batches(_checked(row, where) for where, row in read(path))
+        yield from _in_batches(check_row(row, where) for where, row in read(path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
 
@@ -457,7 +457,7 @@ def _decoded(text: bytes | None) -> str | None:
     return None if text is None else text.decode("utf-8", "surrogateescape")
 
 
-def _checked(row: dict[str, Any], where: str) -> list[Any]:
+def check_row(row: dict[str, Any], where: str) -> list[Any]:
     """The values of a row of `SCHEMA`, without the captions that cannot be used.
 
     Raises:
