@@ -178,9 +178,10 @@ class Manifest(Sequence[Clip]):
     def write(self, path: str | Path) -> None:
         """To a file of the format that its name says; paths below its folder are written relative to it."""
         path = Path(path)
+        folder = os.path.abspath(path.parent)
 
         def rows() -> Iterator[dict[str, Any]]:
-            return ({k: v for k, v in _entry(clip, path.parent).items() if v is not None} for clip in self)
+            return ({k: v for k, v in _entry(clip, folder).items() if v is not None} for clip in self)
 
         if path.suffix == ".parquet":
             empty = {name for name in SCHEMA.names if all(b[name].null_count == len(b) for b in self._columns(name))}
@@ -316,9 +317,9 @@ def _converted(path: Path, place: Path, stamp: bytes) -> Manifest:
         with pa.ipc.new_file(unfinished, SCHEMA.with_metadata({"made_of": stamp})) as file:
             for batch in track(_batches(path), f"converting {path.name}", console=Console(stderr=True)):
                 file.write_batch(batch)
-        _refuse_repeated(Manifest(_mapped(Path(unfinished), stamp)), path)
         if _stamp(path) != stamp:
             raise ConfigError(f"{path}: changed while it was read; start again when it is complete")
+        _refuse_repeated(Manifest(_mapped(Path(unfinished), stamp)), path)
         shutil.copymode(path, unfinished)  # who may read the manifest may read the copy
         os.replace(unfinished, place)
     finally:
@@ -512,8 +513,8 @@ def _is_time(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and (0 <= value < 2**53 or value == math.inf)
 
 
-def _entry(clip: Clip, folder: Path) -> dict[str, Any]:
-    """A clip as a row of a file in `folder`."""
+def _entry(clip: Clip, folder: str) -> dict[str, Any]:
+    """A clip as a row of a file in `folder`, an absolute path."""
     audio, video = (None if p is None else _relative(p, folder) for p in (clip.audio, clip.video))
     files = {"path": audio} if audio == video else {"audio": audio, "video": video}
     texts = {CAPTION_COLUMNS[kind]: t[0] if len(t) == 1 else t for kind, t in clip.captions.items()}
@@ -521,9 +522,9 @@ def _entry(clip: Clip, folder: Path) -> dict[str, Any]:
     return row | {"seconds": clip.seconds, "problem": clip.problem, "lacks": clip.lacks} | texts
 
 
-def _relative(path: str, folder: Path) -> str:
-    path, folder = os.path.abspath(path), os.path.abspath(folder)
-    return os.path.relpath(path, folder) if path.startswith(folder + os.sep) else path
+def _relative(path: str, folder: str) -> str:
+    path = os.path.abspath(path)
+    return path.removeprefix(os.path.join(folder, ""))
 
 
 def _single(row: dict[str, Any], path: Path) -> dict[str, Any]:
