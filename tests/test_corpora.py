@@ -1,7 +1,11 @@
 """Shards, cached features, recipes and stamps: each on a miniature made on the spot."""
 
+import io
 import json
+import os
 import subprocess
+import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -10,6 +14,8 @@ import pytest
 import torch
 import webdataset
 from conftest import small_config
+from safetensors import safe_open
+from safetensors.torch import save_file
 from test_data import write_clip
 from test_media import noise, write_frames, write_wav
 from test_processor import make_config, make_tokenizer
@@ -17,7 +23,7 @@ from test_processor import make_config, make_tokenizer
 from pe_av import build_model
 from pe_av.config import ConfigError, DataConfig, StampsConfig
 from pe_av.config_files import config_dir, read_yaml
-from pe_av.data.cache import CachedReader, FeatureCache, write_cache
+from pe_av.data.cache import CachedReader, FeatureCache, identify, write_cache
 from pe_av.data.dataset import ClipReader, Collate
 from pe_av.data.loader import BatchSampler, Loader
 from pe_av.data.manifest import Clip, Manifest, read_manifest
@@ -96,6 +102,91 @@ def test_we_read_what_webdataset_packs(tmp_path):
     for i, clip in enumerate(read_manifest(tmp_path / "manifest.parquet")):
         assert clip.captions == {None: [f"caption {i}"]} and clip.video is None
         assert (read(clip)["waveform"] * 2**15).round().unique().tolist() == [float(i)]
+
+
+def write_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> None:
+    with tarfile.open(path, mode) as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def test_a_key_ends_at_the_first_dot_of_the_files_name_as_in_webdataset(tmp_path):
+    sound = write_wav(tmp_path / "x.wav", np.ones((1, 480), np.int16)).read_bytes()
+    names = ["./000001", "./000002", "v1.0/x", "v1.0/y", "a/b.c/z"]
+    members = {f"{n}.wav": sound + n.encode() for n in names} | {f"{n}.txt": f"of {n}".encode() for n in names}
+    write_tar(tmp_path / "a.tar", dict(sorted(members.items())))
+    manifest, wrong = index(tmp_path)
+    assert not wrong
+    theirs = {s["__key__"]: s["txt"] for s in webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)}
+    assert {clip.captions[None][0] for clip in manifest} == {text.decode() for text in theirs.values()}
+    assert [clip.id for clip in manifest] == ["a/000001", "a/000002", "a/a/b.c/z", "a/v1.0/x", "a/v1.0/y"]
+    for clip in manifest:  # each has its own file
+        file, _, place = clip.audio.partition("#")
+        first, size = map(int, place.split("+"))
+        content = Path(file).read_bytes()[first : first + size]
+        assert content == sound + clip.captions[None][0].removeprefix("of ").encode()
+
+
+def test_what_an_index_cannot_use_is_named(tmp_path):
+    sound = write_wav(tmp_path / "x.wav", np.ones((1, 480), np.int16)).read_bytes()
+    members = {
+        "good.wav": sound, "good.txt": b"not this", "good.json": b'{"id": "one", "caption": "a"}', "good.cls": b"3",
+        "none": b"x", "sub/.hidden.wav": sound, "words.txt": b"only words", "bad.wav": sound, "bad.json": b"{torn",
+        "bad.txt": b"kept", "lone.wav": sound, "two.mp4": b"x", "two.mkv": b"x", "two.flac": sound, "two.txt": b"b",
+        "twin.wav": sound, "twin.json": b'{"id": "one", "caption": "c"}', "late.wav": sound,
+        "late.json": b'{"start": "soon", "caption": "d"}', "b.AUDIO.bin": sound, "b.txt": b"e",
+    }  # fmt: skip
+    write_tar(tmp_path / "a.tar", members)
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        again = tarfile.TarInfo("good.wav")
+        again.size = 3
+        tar.addfile(again, io.BytesIO(b"abc"))
+        link = tarfile.TarInfo("link.wav")
+        link.type, link.linkname = tarfile.SYMTYPE, "good.wav"
+        tar.addfile(link)
+    write_tar(tmp_path / "b.tar.gz", {"x.wav": sound}, "w:gz")
+    write_tar(tmp_path / "c.tar", {"x.wav": sound}, "w:gz")
+    manifest, wrong = index(tmp_path)
+    # every sample is in the manifest, and whatever is not is named
+    assert {clip.id: clip.captions[None] for clip in manifest} == {
+        "one": ["a"], "a/bad": ["kept"], "a/two": ["b"], "a/twin": ["c"], "a/b": ["e"],
+    }  # fmt: skip
+    found = {clip.id: clip for clip in read_manifest(tmp_path / "manifest.parquet")}
+    assert found["a/b"].audio and found["a/b"].video is None and found["a/two"].audio != found["a/two"].video
+    told = [line.removeprefix(f"{tmp_path}/") for line in wrong]
+    expected = (
+        "a.tar: good: its .cls is not used; that is no ending of sound",
+        "a.tar: none: not used; a file of a sample is named KEY.ENDING",
+        "a.tar: sub/.hidden.wav: not used; a file of a sample is named KEY.ENDING",
+        "a.tar: words: not used; it has neither sound nor picture",
+        "a.tar: bad: its .json is not used; it is no JSON object",
+        "a.tar: lone: not used: nothing to pair",
+        "a.tar: two: its .mkv is not used; it has another file for that",
+        "a.tar: twin: the id one stands more than once; here it is a/twin",
+        "a.tar: late: not used: start=soon is not a number",
+        "a.tar: good.wav: not used; there is one of that name before it",
+        "a.tar: link.wav: not used; it is a link",
+        "b.tar.gz: not read; a shard is a .tar that is not compressed",
+        "c.tar: ",
+    )
+    assert len(told) == len(expected)
+    for text in expected:
+        assert sum(line.startswith(text) for line in told) == 1, text
+
+
+def test_a_shard_with_a_broken_header_says_so(tmp_path):
+    sound = write_wav(tmp_path / "x.wav", np.ones((1, 480), np.int16)).read_bytes()
+    write_tar(tmp_path / "a.tar", {f"{i}.{ending}": sound for i in range(4) for ending in ("wav", "mp4")})
+    content = bytearray((tmp_path / "a.tar").read_bytes())
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        header = tar.getmember("2.wav").offset
+    content[header : header + 100] = b"\xff" * 100
+    (tmp_path / "a.tar").write_bytes(content)
+    manifest, wrong = index(tmp_path)
+    assert [clip.id for clip in manifest] == ["a/0", "a/1"]
+    assert wrong == [f"{tmp_path}/a.tar: no end of the tar at byte {header}, after its last file; the rest is not read"]
 
 
 def test_packing_goes_on_where_it_was_interrupted(corpus, tmp_path):
@@ -199,8 +290,104 @@ def test_computing_goes_on_where_it_was_interrupted(cached, tmp_path, monkeypatc
     assert write_cache(model, processor, manifest, tmp_path, num_workers=0) == 0
     one, other = FeatureCache(folder, model, 30.0), FeatureCache(tmp_path, model, 30.0)
     assert all(equal(one.get(clip), other.get(clip)) for clip in manifest)
-    assert one.get(Clip("new", "a.wav")) is None
     assert "run pe_av.data.cache again" in CachedReader(one, processor, 30.0)(Clip("new", "a.wav"))["error"]
+
+
+def test_features_belong_to_the_file_and_not_to_its_name(cached, tmp_path):
+    """Two corpora with the same ids and the same relative names, in two folders."""
+    model, processor, _, _ = cached
+    manifests = []
+    for number, name in enumerate(("one", "other")):
+        (tmp_path / name).mkdir()
+        write_wav(tmp_path / name / "a.wav", np.full((1, 9_600), 3000 * (1 + number), np.int16))
+        (tmp_path / name / "m.jsonl").write_text('{"audio": "a.wav", "caption": "a dog"}\n')
+        manifests.append(read_manifest(tmp_path / name / "m.jsonl"))
+    folder = tmp_path / "features"
+    assert [write_cache(model, processor, m, folder, ["codec"], num_workers=0) for m in manifests] == [1, 1]
+    read = CachedReader(FeatureCache(folder, model, 30.0), processor, 30.0)
+    found = [read(manifest[0])["codec_features"] for manifest in manifests]
+    with torch.no_grad():
+        for manifest, features in zip(manifests, found, strict=True):
+            waveform = ClipReader(processor, 30.0)(manifest[0])["waveform"]
+            assert torch.equal(features, model.audio.encode(waveform[None, None])[0][0])
+    assert not torch.equal(*found)
+    # by another way to the same file, and under another id, they are the same
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    (tmp_path / "link.wav").symlink_to(tmp_path / "one" / "a.wav")
+    for path in ("link/a.wav", "link.wav", "other/../one/a.wav"):
+        assert torch.equal(read(Clip("b", str(tmp_path / path)))["codec_features"], found[0]), path
+    assert "not in the feature cache" in read(replace(manifests[0][0], start=0.01))["error"]
+
+
+def test_a_file_that_has_changed_is_not_read_from_the_cache(cached, tmp_path):
+    model, processor, _, _ = cached
+    sound = write_wav(tmp_path / "a.wav", np.full((1, 9_600), 3000, np.int16)).read_bytes()
+    write_tar(tmp_path / "b.tar", {"b.wav": sound})
+    with tarfile.open(tmp_path / "b.tar") as tar:
+        place = f"{tmp_path}/b.tar#{tar.getmember('b.wav').offset_data}+{len(sound)}"
+    clips = [Clip("a", f"{tmp_path}/a.wav", captions={None: ["a"]}), Clip("b", place, captions={None: ["b"]})]
+    manifest = Manifest.of(clips)
+    assert write_cache(model, processor, manifest, tmp_path / "features", ["codec"], num_workers=0) == 2
+    read = CachedReader(FeatureCache(tmp_path / "features", model, 30.0), processor, 30.0)
+    before = [read(clip) for clip in clips]
+    assert all("error" not in item and "codec_features" in item for item in before)
+    for file, clip in zip((tmp_path / "a.wav", tmp_path / "b.tar"), clips, strict=True):
+        content = file.read_bytes()
+        os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))  # of the same size
+        item = read(clip)
+        assert item["error"].startswith(f"{clip.audio}: changed since its features were computed; run pe_av.data.cache")
+        assert "codec_features" not in item
+        file.unlink()
+        assert read(clip)["error"].startswith(f"{clip.audio}: gone since its features were computed")
+        file.write_bytes(content)
+    assert write_cache(model, processor, manifest, tmp_path / "features", ["codec"], num_workers=0) == 2
+    read = CachedReader(FeatureCache(tmp_path / "features", model, 30.0), processor, 30.0)
+    assert all(equal(read(clip), item) for clip, item in zip(clips, before, strict=True))
+
+
+def test_the_cache_looks_once_at_each_file(cached, monkeypatch):
+    _, _, manifest, _ = cached
+    identify(manifest[0], ["codec", "frames"])  # the folder is resolved once
+    looks = []
+    for name in ("stat", "lstat"):
+        look = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda path, look=look, **how: looks.append(path) or look(path, **how))
+    identify(manifest[1], ["codec", "frames"])
+    assert looks == [manifest[1].audio]
+
+
+def test_a_cache_of_the_old_format_is_refused(cached, tmp_path):
+    model, processor, manifest, folder = cached
+    with safe_open(folder / "000000.safetensors", framework="pt") as file:
+        told = {"made_by": file.metadata()["made_by"], "keys": '["0"]', "errors": "{}"}
+    save_file({"0.codec_features": torch.zeros(1, 12)}, tmp_path / "000000.safetensors", metadata=told)
+    for refused in (
+        lambda: FeatureCache(tmp_path, model, 30.0),
+        lambda: write_cache(model, processor, manifest, tmp_path, num_workers=0),
+    ):
+        with pytest.raises(ConfigError, match="another format of the cache.*; compute them again into another folder"):
+            refused()
+
+
+def test_what_an_item_says_of_itself_is_cached(cached, tmp_path, monkeypatch):
+    model, processor, manifest, _ = cached
+    notes = {"0": {"partial": "0.mp4: no sound"}, "1": {"error": "torn"}, "2": {"error": "torn", "partial": "silent"}}
+
+    def read(clip):  # stands for a ClipReader that makes such notes
+        return {"id": clip.id, "captions": clip.captions, "waveform": torch.zeros(1920)} | notes.get(clip.id, {})
+
+    monkeypatch.setattr("pe_av.data.cache.ClipReader", lambda processor, max_seconds: read)
+    write_cache(model, processor, manifest, tmp_path, ["codec"], num_workers=0)
+    monkeypatch.undo()
+    cache = FeatureCache(tmp_path, model, 30.0)
+    for clip in manifest:
+        found = cache.get(clip)
+        assert {n: found[n] for n in ("error", "partial") if n in found} == notes.get(clip.id, {})
+    reader = CachedReader(cache, processor, 30.0)
+    reader.read = lambda clip: {"id": clip.id, "captions": {}, "partial": "no caption"}
+    items = [reader(clip) for clip in manifest][:3]
+    assert [item["partial"] for item in items] == ["no caption; 0.mp4: no sound", "no caption", "no caption; silent"]
+    assert [item.get("error") for item in items] == [None, "torn", "torn"]
 
 
 def test_one_part_alone_can_be_cached(cached, tmp_path):

@@ -1,8 +1,14 @@
 """Corpora: manifests, batches of what is there, and a corpus of everything that can be wrong with files."""
 
+import csv
+import errno
 import json
 import multiprocessing
+import os
+import pickle
 import struct
+import subprocess
+import sys
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +25,7 @@ from test_processor import make_config, make_tokenizer
 from pe_av.config import HEADS, ConfigError
 from pe_av.data.dataset import BadItems, ClipReader, Collate
 from pe_av.data.loader import BatchSampler, Loader
-from pe_av.data.manifest import Clip, Manifest, main, read_manifest
+from pe_av.data.manifest import Clip, Manifest, check_row, main, read_manifest
 from pe_av.data.processor import Processor
 
 
@@ -71,9 +77,17 @@ def test_every_format_keeps_every_column(tmp_path, ending):
         found.select("test")
     assert found.parts().tolist() == [7, 5, 3, 6, 7]
     assert sorted(found.texts()) == sorted(text for c in CLIPS for texts in c.captions.values() for text in texts)
-    assert found.lengths(30) is None  # of d nothing is known
+    assert found.lengths(30).tolist() == [1.75, 2.0, 30.0, 30.0, 4.0]  # of c and d nobody knows
+    assert found.lengths(1.875).tolist() == [1.75, 1.875, 1.875, 1.875, 1.875]
+    assert found.lengths(float("inf")).tolist() == [1.75, 2.0, np.inf, np.inf, 4.0]
     assert found.select("train").lengths(30).tolist() == [1.75, 2.0]
-    assert found.select("train").lengths(1.8).tolist() == [1.75, 1.8]
+    assert found.select("eval").lengths(30) is None
+    assert {kind: has.tolist() for kind, has in found.select("train").kinds().items()} == {
+        None: [True, True],
+        "audio": [False, True],
+        "visual": [False, False],
+        "audio_visual": [False, False],
+    }
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
@@ -109,18 +123,52 @@ def test_captions_that_cannot_be_used_are_left_out_and_named(tmp_path):
         b'{"path": "b.mp4", "caption": "caf\xe9"}',
         b'{"path": "c.mp4", "caption": ["", "a dog"], "audio_caption": "barks"}',
         json.dumps({"path": "d.mp4", "caption": "dog " * 25_000}).encode(),
+        b'{"path": "e.mp4", "caption": ["\\ud800", "\\ud83d\\ude00"], "visual_caption": ""}',
     ]
     (tmp_path / "m.jsonl").write_bytes(b"\n".join(lines))
     clips = list(read_manifest(tmp_path / "m.jsonl"))
-    assert [clip.problem for clip in clips] == [
-        "the caption is empty",
-        "the caption is not UTF-8",
-        "the caption is empty",
-        None,
-    ]
+    empty, broken = "the caption is empty", "the caption is not UTF-8"
+    assert [clip.lacks for clip in clips] == [empty, None, empty, None, "the visual_caption is empty"]
+    assert [clip.problem for clip in clips] == [None, broken, None, None, broken]
     assert clips[0].captions == clips[1].captions == {}
     assert clips[2].captions == {None: ["a dog"], "audio": ["barks"]}
     assert len(clips[3].captions[None][0]) == 100_000
+    assert clips[4].captions == {None: ["\U0001f600"]}
+    for ending in ("jsonl", "parquet"):  # what was said of them stays with them
+        Manifest.of(clips).write(tmp_path / f"copy.{ending}")
+        assert list(read_manifest(tmp_path / f"copy.{ending}")) == clips
+    (tmp_path / "m.csv").write_bytes(b"path,caption\na.mp4,caf\xe9\nb.mp4,  \nc.mp4,\xed\xa0\x80\n")
+    clips = list(read_manifest(tmp_path / "m.csv"))
+    assert [(clip.problem, clip.lacks) for clip in clips] == [(broken, None), (None, empty), (broken, None)]
+    column = pa.array([b"caf\xe9", b"", b"a dog", None], pa.binary()).cast(pa.string(), safe=False)
+    several = pa.ListArray.from_arrays([0, 1, 2, 4, 4], column)
+    for captions in (column, column.dictionary_encode(), several):
+        table = pa.table({"path": list("abcd"), "caption": captions})
+        if captions is several:
+            table = table.slice(0, 2)  # a list that holds nothing is no list of captions
+        pq.write_table(table, tmp_path / "m.parquet")
+        clips = list(read_manifest(tmp_path / "m.parquet"))
+        said = [(clip.problem, clip.lacks, clip.captions) for clip in clips]
+        expected = [(broken, None, {}), (None, empty, {}), (None, None, {None: ["a dog"]}), (None, None, {})]
+        assert said == expected[: len(said)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("m.jsonl", b'{"path": "a.mp4"}\n{"path": "\\ud800.mp4"}', r"m.jsonl:2: the id '\\ud800.mp4' is not UTF-8"),
+        ("m.jsonl", b'{"path": "a.mp4"}\n{"id": "b", "path": "\xe9.mp4"}', "m.jsonl:2: the audio '.udce9.mp4' is not"),
+        ("m.jsonl", b'{"path": "a.mp4", "split": "\\udfff"}', "m.jsonl:1: the split '.udfff' is not UTF-8"),
+        ("m.csv", b"id,video,audio\na,b.mp4,b.wav\nb,caf\xe9.mp4,b.wav\n", "m.csv:3: the video 'caf.udce9.mp4' is not"),
+        ("m.jsonl", b"[" * 100_000, "m.jsonl:1: not JSON"),
+        ("m.jsonl", b'{"path": "a.mp4", "end": ' + b"9" * 400 + b"}", "m.jsonl:1: end=9+ is not a number of seconds"),
+    ],
+)  # fmt: skip
+def test_ids_and_paths_that_are_no_text_are_refused(tmp_path, name, content, reason):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=reason) as refused:
+        read_manifest(tmp_path / name)
+    str(refused.value).encode()  # can be printed
 
 
 def test_looking_into_files_finds_lengths_and_missing_tracks(tmp_path, capsys):
@@ -132,13 +180,228 @@ def test_looking_into_files_finds_lengths_and_missing_tracks(tmp_path, capsys):
     rows.append({"path": "both.mp4", "caption": "a dog", "start": 1.5, "end": 9.0})
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     main([str(tmp_path / "m.jsonl"), str(tmp_path / "out.parquet")])
-    assert "5 clips" in capsys.readouterr().out
+    # 2.0 + 0.5 + 1.0 + 0.5 s
+    assert "5 clips, 0.00 hours, 1 of unknown length, written" in capsys.readouterr().out
     found = {clip.id: clip for clip in read_manifest(tmp_path / "out.parquet")}
     assert found["both.mp4"].seconds == pytest.approx(2.0, abs=0.05)
     assert found["both.mp4@1.5"].seconds == pytest.approx(0.5, abs=0.05)
     assert found["silent.mp4"].audio is None and found["silent.mp4"].video.endswith("silent.mp4")
     assert found["blind.wav"].video is None and found["blind.wav"].seconds == 0.5
     assert found["torn.mp4"].audio and found["torn.mp4"].video and found["torn.mp4"].seconds is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# manifests of many rows
+
+
+def many_rows(count: int) -> list[dict]:
+    """Rows with captions of about 150 bytes, of which some lack this or that."""
+    said = "a large dog barks at a passing car while rain falls on"
+    rows = []
+    for i in range(count):
+        row = {"path": f"{i % 97}/{i}.mp4", "caption": f"{said} {i}", "audio_caption": f"{said} the {i}"}
+        row |= {"split": "eval" if i % 5 == 0 else "train"} if i % 7 else {}
+        row |= {"seconds": i % 30 + 0.5} if i % 3 else {}
+        row |= {"start": 1.5, "end": 4.0} if i % 11 == 0 else {}
+        rows.append(row)
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    if path.suffix == ".parquet":
+        names = dict.fromkeys(key for row in rows for key in row)
+        pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def small_batches(monkeypatch, tmp_path):
+    """Manifests of over 100 rows are converted, and nothing outside of the test's folder is written."""
+    monkeypatch.setattr("pe_av.data.manifest.BATCH_ROWS", 100)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_a_mapped_manifest_is_the_one_in_memory(tmp_path, ending, monkeypatch, small_batches):
+    path = write_rows(tmp_path / f"m.{ending}", many_rows(1234))
+    mapped = read_manifest(path)
+    assert mapped.stored == (str(tmp_path / f".m.{ending}.arrow"), mapped.stored[1])
+    with monkeypatch.context() as patch:
+        patch.setattr("pe_av.data.manifest.BATCH_ROWS", 10_000)
+        Path(mapped.stored[0]).rename(tmp_path / "aside")
+        memory = read_manifest(path)
+        (tmp_path / "aside").rename(mapped.stored[0])
+    assert memory.stored is None
+    for split in (None, "train", "eval"):
+        one, other = (m if split is None else m.select(split) for m in (mapped, memory))
+        plain = [clip for clip in memory if split in (None, clip.split)]
+        assert list(one) == list(other) == plain
+        assert [one[i] for i in range(len(one))] == [one[i - len(one)] for i in range(len(one))] == plain
+        assert sorted(one.texts()) == sorted(t for c in plain for texts in c.captions.values() for t in texts)
+        lengths = [min([10.0, *filter(None, [c.seconds, c.end and c.end - c.start])]) for c in plain]
+        assert one.lengths(10).tolist() == lengths and one.lengths(10).dtype == np.float32
+        assert one.parts().tolist() == [7] * len(plain) and one.parts().dtype == np.uint8
+        assert {kind: has.tolist() for kind, has in one.kinds().items()} == {
+            kind: [kind in c.captions for c in plain] for kind in (None, "audio", "visual", "audio_visual")
+        }
+        again = pickle.loads(pickle.dumps(one))
+        assert list(again) == plain and len(pickle.dumps(one)) < 1000 + 4 * len(one)
+        with pytest.raises(IndexError):
+            one[len(one)]
+    for other in ("jsonl", "csv", "parquet"):
+        mapped.write(tmp_path / f"copy.{other}")
+        assert list(read_manifest(tmp_path / f"copy.{other}")) == list(memory)
+
+
+def test_a_copy_is_of_the_manifest_as_it_is(tmp_path, small_batches):
+    rows = many_rows(300)
+    path = write_rows(tmp_path / "m.jsonl", rows)
+    first = read_manifest(path)
+    made = os.stat(first.stored[0])
+    assert os.stat(read_manifest(path).stored[0]) == made  # found again
+    assert (made.st_mode & 0o777) == (path.stat().st_mode & 0o777)
+    travelling = pickle.dumps(first)
+    write_rows(path, rows[:-1])
+    assert len(read_manifest(path)) == 299
+    assert len(first) == 300 and first[299].id == rows[299]["path"]  # who has it open goes on with it
+    with pytest.raises(ConfigError, match=r"\.m\.jsonl\.arrow: gone, or made anew, because the manifest has changed"):
+        pickle.loads(travelling)
+    for damage in (b"", b"ARROW1 not at all", Path(first.stored[0]).read_bytes()[:-100]):
+        Path(first.stored[0]).write_bytes(damage)
+        assert len(read_manifest(path)) == 299
+    assert {p.name for p in tmp_path.iterdir()} == {"m.jsonl", ".m.jsonl.arrow"}
+
+
+def test_a_manifest_that_changes_while_it_is_read_is_refused(tmp_path, small_batches, monkeypatch):
+    path = write_rows(tmp_path / "m.jsonl", many_rows(300))
+    check = check_row
+
+    def slow(row, where):
+        if where.endswith(":250"):
+            with path.open("a") as file:
+                file.write('{"path": "new.mp4"}\n')
+        return check(row, where)
+
+    monkeypatch.setattr("pe_av.data.manifest.check_row", slow)
+    with pytest.raises(ConfigError, match="m.jsonl: changed while it was read"):
+        read_manifest(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.jsonl"]
+
+
+def test_without_room_beside_it_the_copy_goes_to_the_cache_folder(tmp_path, small_batches, monkeypatch):
+    (tmp_path / "corpus").mkdir()
+    path = write_rows(tmp_path / "corpus" / "m.jsonl", many_rows(300))
+    full = {str(tmp_path / "corpus")}
+    new_file = pa.ipc.new_file
+
+    def write(place, schema):
+        if os.path.dirname(place) in full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return new_file(place, schema)
+
+    monkeypatch.setattr("pe_av.data.manifest.pa.ipc.new_file", write)
+    manifest = read_manifest(path)
+    assert Path(manifest.stored[0]).parent == tmp_path / "cache" / "pe_av"
+    assert manifest[0].video == f"{path.parent}/0/0.mp4"
+    made = os.stat(manifest.stored[0]).st_ino
+    assert os.stat(read_manifest(path).stored[0]).st_ino == made
+    Path(manifest.stored[0]).unlink()
+    full.add(str(tmp_path / "cache" / "pe_av"))
+    with pytest.raises(ConfigError) as refused:
+        read_manifest(path)
+    told = str(refused.value)
+    assert told.startswith(f"{path}: no room for the copy") and "No space left on device" in told
+    assert "\n" not in told and "XDG_CACHE_HOME" in told
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_processes_that_open_it_at_once_share_one_copy(tmp_path):
+    path = write_rows(tmp_path / "m.jsonl", many_rows(12_000))
+    program = (
+        "import os, sys; from pe_av.data.manifest import read_manifest; sys.stdin.readline()\n"
+        "m = read_manifest(sys.argv[1]); print(len(m), os.stat(m.stored[0]).st_ino, m[-1].id)"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = [subprocess.Popen([sys.executable, "-c", program, str(path)], **pipes) for _ in range(3)]
+    told = [process.communicate("\n") for process in running]
+    assert all(process.returncode == 0 for process in running), told
+    copy = os.stat(tmp_path / ".m.jsonl.arrow").st_ino
+    assert {out for out, _ in told} == {f"12000 {copy} {11_999 % 97}/11999.mp4\n"}
+    assert sum("converting" in error for _, error in told) == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"m.jsonl", ".m.jsonl.arrow"}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_what_is_wrong_far_down_is_named_by_its_line(tmp_path, ending, small_batches):
+    rows = many_rows(300)
+    where = {"jsonl": ":277", "csv": ":278", "parquet": ": row 277"}[ending]  # the first line of a CSV names columns
+    for change, reason in (
+        ({"start": 5.0, "end": 4.0}, r"end=4\.0 is not after start=5\.0"),
+        ({"seconds": -1.0}, r"seconds=-1\.0 is not a number of seconds"),
+        ({"path": None}, "nothing to pair"),
+    ):
+        path = write_rows(tmp_path / f"m.{ending}", rows[:276] + [rows[276] | change] + rows[277:])
+        with pytest.raises(ConfigError, match=f"m.{ending}{where}: {reason}"):
+            read_manifest(path)
+    path = write_rows(tmp_path / f"m.{ending}", rows + [rows[7], rows[7], rows[250]])
+    with pytest.raises(ConfigError, match=f"m.{ending}: 3 ids stand more than once"):
+        read_manifest(path)
+    assert [p.name for p in tmp_path.iterdir()] == [f"m.{ending}"]
+
+
+def test_ids_of_equal_hashes_are_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr("pe_av.data.manifest.hash", lambda text: len(text), raising=False)
+    names = ["aa", "bb", "ab", "ccc", "dd", "a"]
+    path = write_rows(tmp_path / "m.jsonl", [{"id": name, "path": "x.mp4"} for name in names])
+    assert [clip.id for clip in read_manifest(path)] == names
+    write_rows(path, [{"id": name, "path": "x.mp4"} for name in [*names, "ab", "ab", "ccc"]])
+    with pytest.raises(ConfigError, match="3 ids stand more than once"):
+        read_manifest(path)
+
+
+def test_many_rows_take_little_memory(tmp_path):
+    """Of its own, a process needs a batch while it converts, and then some bytes a row for what a sampler sorts by."""
+    rows = 200_000
+    path = write_rows(tmp_path / "m.jsonl", many_rows(rows))
+    program = (
+        "import sys, threading; import numpy as np; from pe_av.data.manifest import read_manifest\n"
+        "def own(what='RssAnon'): return int(open('/proc/self/status').read().split(what + ':')[1].split()[0]) * 1024\n"
+        "peak = [own()]; before = peak[0]; done = threading.Event()\n"
+        "def watch():\n"
+        "    while not done.wait(0.01): peak[0] = max(peak[0], own())\n"
+        "threading.Thread(target=watch).start()\n"
+        "m = read_manifest(sys.argv[1]); m.select('train'); m.lengths(30), m.parts(), m.kinds(); done.set()\n"
+        "print(len(m), peak[0] - before)"
+    )
+    converting, opening = (
+        list(map(int, subprocess.check_output([sys.executable, "-c", program, str(path)], text=True).split()))
+        for _ in range(2)
+    )
+    assert converting[0] == opening[0] == rows
+    assert converting[1] < 64 * 2**20  # the captions alone are 30 MB, and as Python objects several times that
+    assert opening[1] < 8 * 2**20 + 20 * rows
+    assert os.path.getsize(tmp_path / ".m.jsonl.arrow") < 2.5 * path.stat().st_size
+
+
+@pytest.mark.slow
+def test_a_column_of_more_than_two_gibibytes(tmp_path):
+    caption = "a dog barks at a passing car " * 4000  # 116 kB
+    schema = pa.schema([("path", pa.string()), ("caption", pa.list_(pa.string()))])
+    with pq.ParquetWriter(tmp_path / "m.parquet", schema) as writer:
+        for start in range(0, 19_000, 500):
+            rows = [{"path": f"{i}.mp4", "caption": [f"{i} {caption}"]} for i in range(start, start + 500)]
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+    manifest = read_manifest(tmp_path / "m.parquet")
+    assert sum(batch["caption"].flatten().nbytes for batch in manifest.table.to_batches()) > 2**31
+    assert manifest[18_999].captions == {None: [f"18999 {caption}"]}
+    assert sum(text.startswith(f"{i} ") for i, text in enumerate(manifest.texts())) == 19_000
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,14 +5,20 @@
 writes safetensors shards into FOLDER, with the config and the hash of the weights that made them; started again, it
 goes on. `data.cache=FOLDER` then trains and evaluates on them; a model with other weights there is refused. Without
 "codec" or "frames" both are computed; a frame encoder that is still to be trained must not be cached.
+
+Features belong to a part of a file: of this path, size and time of change. So manifests can share a cache, and what was
+computed of a file that has changed since is not used.
 """
 
 import hashlib
 import json
 import os
+import stat
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import lru_cache
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +36,14 @@ from ..model.peav import PEAudioVideo
 from .dataset import ClipReader
 from .loader import read_all
 from .manifest import Clip, Manifest, read_manifest
+from .media import source_path
 from .processor import Processor
 
 PARTS = {"codec": "codec_features", "frames": "frame_features"}
+SOURCES = {"codec": "audio", "frames": "video"}  # the file of a clip that a part is computed from
+NOTES = ("error", "partial")  # what an item says of itself
 SHARD_CLIPS = 256  # clips per file: what an interruption costs at most
+FORMAT = "2"
 
 
 def fingerprint(model: PEAudioVideo, parts: Sequence[str], max_seconds: float) -> dict[str, str]:
@@ -54,11 +64,36 @@ def fingerprint(model: PEAudioVideo, parts: Sequence[str], max_seconds: float) -
     return found
 
 
-def key_of(clip: Clip) -> str:
-    """A clip's name in the cache; it changes with the part of the file and the file's name, not with its folder."""
-    files = [None if path is None else os.path.basename(path) for path in (clip.audio, clip.video)]
-    told = json.dumps([clip.id, *files, clip.start, clip.end])
-    return hashlib.blake2b(told.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+State = list[list[int] | None]  # of each file of a clip: size and time of change in ns; None: not there
+
+
+def identify(clip: Clip, parts: Sequence[str]) -> tuple[str, State]:
+    """The name that the features of a clip have in the cache, which follows from its files' paths and its part of
+    them, and the state of the files; for one look at each file."""
+    sources = [getattr(clip, SOURCES[part]) for part in PARTS if part in parts]
+    seen = {source: _look(source) for source in dict.fromkeys(sources) if source is not None}
+    told = json.dumps([[seen[s][0] if s in seen else None for s in sources], clip.start, clip.end])
+    name = hashlib.blake2b(told.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return name, [state for _, state in seen.values()]
+
+
+def _look(source: str) -> tuple[str, list[int] | None]:
+    """(its path without links, its state) of a file, or of one in a tar, whose state is the tar's."""
+    file = source_path(source)
+    folder, name = os.path.split(file)
+    path = os.path.join(_resolved(folder), name)
+    try:
+        found = os.lstat(path)
+        if stat.S_ISLNK(found.st_mode):
+            path = os.path.realpath(path)
+            found = os.stat(path)
+        state = [found.st_size, found.st_mtime_ns]
+    except OSError:
+        state = None
+    return path + source[len(file) :], state
+
+
+_resolved = lru_cache(2**16)(os.path.realpath)  # of folders: it looks at every part of a path
 
 
 class FeatureCache:
@@ -70,17 +105,17 @@ class FeatureCache:
             ConfigError: nothing cached there, or by other weights, another config or for another length of clips.
         """
         self.folder = Path(folder)
-        self.where: dict[str, str] = {}  # key -> file
-        self.errors: dict[str, str] = {}
-        self.parts: list[str] = []
+        self.where: dict[str, tuple[str, State]] = {}  # name -> shard, and the files as they were
+        self.notes: dict[str, dict[str, str]] = {}  # name -> "error" and "partial" where it has them
         made_by: dict[str, str] | None = None
         for path in sorted(self.folder.glob("*.safetensors")):
-            stored, errors, keys = _describe(path)
+            stored, clips, notes = _describe(path)
             made_by = made_by or stored
             if stored != made_by:
                 raise ConfigError(f"{path} was made by another model than its neighbours: delete the folder")
-            self.where |= dict.fromkeys(keys, path.name)
-            self.errors |= errors
+            for name, state in clips.items():  # computed again in a later shard, it counts as there
+                self.where[name] = path.name, state
+                self.notes[name] = notes.get(name, {})
         if made_by is None:
             raise ConfigError(f"{folder}: no features there; python -m pe_av.data.cache computes them")
         self.parts = [part for part in PARTS if part in made_by]
@@ -94,19 +129,24 @@ class FeatureCache:
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_open": {}}  # files are opened in the process that reads them
 
-    def get(self, clip: Clip) -> dict[str, Any] | None:
-        """`codec_features` (frames, dim) and `frame_features` (F, dim) as far as the clip has them, and its "error"."""
-        key = key_of(clip)
-        if key not in self.where:
-            return None
-        name = self.where[key]
-        if name not in self._open:
-            file = safe_open(self.folder / name, framework="pt")
-            self._open[name] = file, set(file.keys())
-        file, entries = self._open[name]
-        features = [PARTS[part] for part in self.parts if f"{key}.{PARTS[part]}" in entries]
-        item = {feature: file.get_tensor(f"{key}.{feature}") for feature in features}
-        return item | ({"error": self.errors[key]} if key in self.errors else {})
+    def get(self, clip: Clip) -> dict[str, Any]:
+        """`codec_features` (frames, dim) and `frame_features` (F, dim) as far as the clip has them, with its "error"
+        and "partial"; nothing but an "error" where they are not of the files that are there now."""
+        name, now = identify(clip, self.parts)
+        shard, then = self.where.get(name, (None, None))
+        if shard is None:
+            return {"error": f"{clip.video or clip.audio}: not in the feature cache; run pe_av.data.cache again"}
+        if now != then:
+            files = dict.fromkeys(filter(None, (getattr(clip, SOURCES[part]) for part in self.parts)))
+            file, state = next((f, n) for f, n, t in zip(files, now, then, strict=True) if n != t)
+            what = "gone" if state is None else "changed"
+            return {"error": f"{file}: {what} since its features were computed; run pe_av.data.cache again"}
+        if shard not in self._open:
+            file = safe_open(self.folder / shard, framework="pt")
+            self._open[shard] = file, set(file.keys())
+        file, entries = self._open[shard]
+        features = [PARTS[part] for part in self.parts if f"{name}.{PARTS[part]}" in entries]
+        return {feature: file.get_tensor(f"{name}.{feature}") for feature in features} | self.notes[name]
 
 
 class CachedReader:
@@ -117,13 +157,11 @@ class CachedReader:
 
     def __call__(self, clip: Clip) -> dict[str, Any]:
         found = self.cache.get(clip)
-        if found is None:
-            return {"id": clip.id, "captions": {}, "error": "not in the feature cache; run pe_av.data.cache again"}
         audio = None if "codec" in self.cache.parts else clip.audio
         video = None if "frames" in self.cache.parts else clip.video
-        rest = self.read(Clip(clip.id, audio, video, clip.captions, clip.start, clip.end, problem=clip.problem))
-        errors = dict.fromkeys(item["error"] for item in (rest, found) if "error" in item)
-        return rest | found | ({"error": "; ".join(errors)} if errors else {})
+        rest = self.read(replace(clip, audio=audio, video=video))
+        notes = {note: dict.fromkeys(item[note] for item in (rest, found) if note in item) for note in NOTES}
+        return rest | found | {note: "; ".join(told) for note, told in notes.items() if told}
 
 
 def reader_for(config: DataConfig, model: PEAudioVideo, processor: Processor) -> ClipReader | CachedReader:
@@ -167,40 +205,49 @@ def write_cache(
         FeatureCache(folder, model, max_seconds)
         if _describe(shards[0])[0] != made_by:
             raise ConfigError(f"{folder}: holds other parts than {', '.join(parts)}; use another folder")
-    done = {key for path in shards for key in _describe(path)[2]}
-    clips = [clip for clip in manifest if key_of(clip) not in done]
+    done = {name: state for path in shards for name, state in _describe(path)[1].items()}
     number = 1 + max((int(path.stem) for path in shards), default=-1)
+    rows = []  # of the clips to compute; of several with one part of a file, the first
+    for row, clip in enumerate(manifest):
+        name, state = identify(clip, parts)
+        if name not in done or done[name] != state:
+            rows.append(row)
+            done[name] = state
     tensors: dict[str, Tensor] = {}
-    keys: list[str] = []
-    errors: dict[str, str] = {}
+    clips: dict[str, State] = {}
+    notes: dict[str, dict[str, str]] = {}
 
     def write() -> None:
-        told = {"made_by": json.dumps(made_by), "keys": json.dumps(keys), "errors": json.dumps(errors)}
+        told = {"made_by": made_by, "clips": clips, "notes": notes}
         path = folder / f"{number:06d}.safetensors"
         # an empty file is no safetensors file
-        save_file(tensors or {"nothing": torch.zeros(1)}, f"{path}.part", metadata=told)
+        metadata = {"format": FORMAT} | {name: json.dumps(value) for name, value in told.items()}
+        save_file(tensors or {"nothing": torch.zeros(1)}, f"{path}.part", metadata=metadata)
         os.replace(f"{path}.part", path)
 
-    made = _features(model, processor, clips, parts, max_seconds, num_workers, time_limit)
-    for clip, item in zip(clips, made, strict=True):
-        key = key_of(clip)
-        keys.append(key)
-        tensors |= {f"{key}.{name}": item[name].contiguous() for name in PARTS.values() if name in item}
-        if "error" in item:
-            errors[key] = item["error"]
-        if len(keys) == SHARD_CLIPS:
+    # the files' state is taken before they are read: what changes meanwhile is then seen as changed
+    read, named = tee((clip, identify(clip, parts)) for clip in (manifest[row] for row in rows))
+    to_read = (clip for clip, _ in read)
+    made = _features(model, processor, to_read, len(rows), parts, max_seconds, num_workers, time_limit)
+    for item, (_, (name, state)) in zip(made, named, strict=True):
+        clips[name] = state
+        tensors |= {f"{name}.{feature}": item[feature].contiguous() for feature in PARTS.values() if feature in item}
+        if told := {note: item[note] for note in NOTES if note in item}:
+            notes[name] = told
+        if len(clips) == SHARD_CLIPS:
             write()
-            number, tensors, keys, errors = number + 1, {}, [], {}
-    if keys:
+            number, tensors, clips, notes = number + 1, {}, {}, {}
+    if clips:
         write()
-    return len(clips)
+    return len(rows)
 
 
 @torch.no_grad()
 def _features(
     model: PEAudioVideo,
     processor: Processor,
-    clips: Sequence[Clip],
+    clips: Iterable[Clip],
+    total: int,
     parts: Sequence[str],
     max_seconds: float,
     num_workers: int,
@@ -208,13 +255,11 @@ def _features(
 ) -> Iterator[dict[str, Any]]:
     """What goes into the cache of every clip; each by itself, so that nothing depends on its neighbours."""
     device = next(model.parameters()).device
-    wanted = [
-        Clip(c.id, c.audio if "codec" in parts else None, c.video if "frames" in parts else None, {}, c.start, c.end)
-        for c in clips
-    ]
+    lacking = {SOURCES[part]: None for part in PARTS if part not in parts}
+    wanted = (replace(clip, captions={}, problem=None, lacks=None, **lacking) for clip in clips)
     items = read_all(wanted, ClipReader(processor, max_seconds), num_workers, time_limit)
-    for item in track(items, "computing features", total=len(clips), console=Console(stderr=True)):
-        made = {"error": item["error"]} if "error" in item else {}
+    for item in track(items, "computing features", total=total, console=Console(stderr=True)):
+        made = {note: item[note] for note in NOTES if note in item}
         if "waveform" in item:
             made["codec_features"] = model.audio.encode(item["waveform"][None, None].to(device))[0][0].cpu()
         if "frames" in item:
@@ -224,12 +269,18 @@ def _features(
         yield made
 
 
-def _describe(path: Path) -> tuple[dict[str, str], dict[str, str], list[str]]:
-    """(what made it, key -> error, keys) of a shard."""
+def _describe(path: Path) -> tuple[dict[str, str], dict[str, State], dict[str, dict[str, str]]]:
+    """(what made it, name -> state of the files, name -> notes) of a shard."""
     try:
         with safe_open(path, framework="pt") as file:
             told = file.metadata()
-            return json.loads(told["made_by"]), json.loads(told["errors"]), json.loads(told["keys"])
+            if "made_by" in told and told.get("format") != FORMAT:
+                raise ConfigError(
+                    f"{path}: features in another format of the cache, which told files apart less well; compute them "
+                    "again into another folder"
+                )
+            made_by, clips, notes = (json.loads(told[name]) for name in ("made_by", "clips", "notes"))
+            return made_by, clips, notes
     except (SafetensorError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path}: not a shard of cached features ({error}); delete it, and compute it again"

@@ -4,7 +4,8 @@
                                                         SHA256SUMS (`sha256sum -c` checks them); goes on when restarted
     python -m pe_av.data.shards index FOLDER            manifest.parquet for shards that came without one
 
-Each sample is KEY.json, what the manifest says of it, and its files, KEY.mp4 or KEY.audio.wav and KEY.video.mp4. The
+Each sample is KEY.json, what the manifest says of it, and its files, KEY.mp4 or KEY.audio.wav and KEY.video.mp4; a
+key ends at the first dot of a file's name, folders apart, as in webdataset. The
 tars are not compressed, so the manifest can say where in them each file lies; training then reads it in place, in any
 order, split over ranks and workers like any other manifest. A shard that is cut short costs the samples it lost.
 """
@@ -17,6 +18,7 @@ import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,12 @@ from rich.console import Console
 from rich.progress import track
 
 from ..config import ConfigError
-from .manifest import CAPTION_COLUMNS, Clip, Manifest, read_manifest
+from .manifest import CAPTION_COLUMNS, Clip, Manifest, check_row, read_manifest
 
-AUDIO = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac"}  # all other endings are of files with a picture
-NOTES = {".txt", ".cls", ".json"}  # members that are no media; .txt is a caption
+AUDIO = {"wav", "flac", "mp3", "ogg", "opus", "oga", "m4a", "aac", "wma", "aiff", "aif"}
+VIDEO = set("mp4 m4v mov mkv webm avi mpg mpeg ts mts m2ts flv wmv ogv 3gp gif".split())  # with or without sound
+NOTES = {"txt", "json"}  # a caption; what the manifest says
+NAMED = ("audio", "video", "media")  # media: sound and picture; so named, a file may have any ending
 
 
 def pack(manifest: Manifest, folder: str | Path, shard_bytes: int = 10**9, threads: int = 4) -> dict[str, str]:
@@ -53,7 +57,7 @@ def pack(manifest: Manifest, folder: str | Path, shard_bytes: int = 10**9, threa
         jobs = pool.map(lambda job: _pack(manifest, folder, *job), enumerate(plan))
         done = list(track(jobs, "packing", total=len(plan), console=Console(stderr=True)))
     (folder / "SHA256SUMS").write_text("".join(f"{entry['sha256']}  {entry['shard']}\n" for entry in done))
-    clips = [_clip_from(row, folder) for entry in done for row in entry["rows"]]
+    clips = [_clip_from(row) for entry in done for row in entry["rows"]]
     if not clips:
         raise ConfigError(f"{folder}: none of the {len(manifest)} clips could be read")
     _write(Manifest.of(clips, folder), folder)
@@ -67,29 +71,67 @@ def index(folder: str | Path) -> tuple[Manifest, list[str]]:
     that reading names it.
 
     Returns:
-        the manifest, which is written too, and what was wrong with which shard.
+        the manifest, which is written too, and what of which shard is not in it, and why.
     """
     folder = Path(folder)
-    clips, wrong = [], []
-    for shard in sorted(folder.glob("*.tar")):
-        samples: dict[str, dict[str, tuple[str, bytes | None]]] = {}
-        try:
-            with tarfile.open(shard) as tar:
-                for member in tar:
-                    if member.isfile():
-                        key, _, ending = member.name.partition(".")
-                        place = f"{shard}#{member.offset_data}+{member.size}"
-                        note = f".{ending.lower()}" in NOTES
-                        content = tar.extractfile(member).read() if note else None
-                        samples.setdefault(key, {})[f".{ending.lower()}"] = place, content
-        except (tarfile.ReadError, EOFError) as error:
-            wrong.append(f"{shard}: {error}")
-        clips += [clip for key, files in samples.items() if (clip := _clip_of(shard, key, files)) is not None]
+    clips, names, wrong = [], set(), []
+    for shard in sorted(path for path in folder.glob("*") if ".tar" in path.suffixes or path.suffix == ".tgz"):
+        if shard.suffix != ".tar":
+            wrong.append(f"{shard}: not read; a shard is a .tar that is not compressed")
+            continue
+        samples, complaints = _samples(shard)
+        wrong += [f"{shard}: {complaint}" for complaint in complaints]
+        for key, files in samples.items():
+            clip, complaints = _clip_of(shard, key, files)
+            if clip is not None and clip.id in names:
+                complaints.append(f"the id {clip.id} stands more than once; here it is {shard.stem}/{key}")
+                clip = replace(clip, id=f"{shard.stem}/{key}")
+            if clip is not None:
+                clips.append(clip)
+                names.add(clip.id)
+            wrong += [f"{shard}: {key}: {complaint}" for complaint in complaints]
     if not clips:
-        raise ConfigError(f"{folder}: no shards with clips there")
+        raise ConfigError("; ".join([f"{folder}: no shards with clips there", *wrong[:1]]))
     manifest = Manifest.of(clips, folder)
     _write(manifest, folder)
     return manifest, wrong
+
+
+# ending -> where it lies, and the content of notes
+Files = dict[str, tuple[str, bytes | None]]
+
+
+def _samples(shard: Path) -> tuple[dict[str, Files], list[str]]:
+    """(key -> the files of its sample, what was wrong) with a shard."""
+    samples: dict[str, Files] = {}
+    wrong = []
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                if member.isdir():
+                    continue
+                path, _, name = member.name.rpartition("/")
+                stem, dot, ending = name.partition(".")
+                if not member.isreg() or member.issparse():
+                    wrong.append(f"{member.name}: not used; it is a link or no plain file")
+                elif not stem or not dot:
+                    wrong.append(f"{member.name}: not used; a file of a sample is named KEY.ENDING")
+                else:
+                    files = samples.setdefault(os.path.normpath(os.path.join(path, stem)), {})
+                    if ending.lower() in files:
+                        wrong.append(f"{member.name}: not used; there is one of that name before it")
+                        continue
+                    content = tar.extractfile(member).read() if ending.lower() in NOTES else None
+                    files[ending.lower()] = f"{shard.name}#{member.offset_data}+{member.size}", content
+        # a header that is none ends the reading without a word
+        with shard.open("rb") as file:
+            file.seek(tar.offset)
+            rest = file.read(2**20)
+            if len(rest) < tarfile.BLOCKSIZE or any(rest):
+                wrong.append(f"no end of the tar at byte {tar.offset}, after its last file; the rest is not read")
+    except (tarfile.TarError, EOFError) as error:
+        wrong.append(f"{error}; the rest is not read")
+    return samples, wrong
 
 
 def _plan(manifest: Manifest, shard_bytes: int) -> Iterator[list[int]]:
@@ -114,7 +156,8 @@ def _pack(manifest: Manifest, folder: Path, number: int, rows: list[int]) -> dic
     with tarfile.open(f"{shard}.part", "w", format=tarfile.USTAR_FORMAT) as tar:
         for row in rows:
             clip = manifest[row]
-            files = {"": clip.audio} if clip.audio == clip.video else {".audio": clip.audio, ".video": clip.video}
+            both = "" if clip.audio and Path(clip.audio).suffix[1:].lower() in VIDEO else ".media"
+            files = {both: clip.audio} if clip.audio == clip.video else {".audio": clip.audio, ".video": clip.video}
             files = {f"{row:09d}{part}{Path(path).suffix}": path for part, path in files.items() if path is not None}
             missing = next((path for path in files.values() if not os.path.isfile(path)), None)
             if missing is not None:
@@ -150,37 +193,58 @@ def _add(tar: tarfile.TarFile, name: str, file: Any) -> int:
 
 def _entry(clip: Clip) -> dict[str, Any]:
     captions = {CAPTION_COLUMNS[kind]: texts for kind, texts in clip.captions.items()}
-    rest = {name: getattr(clip, name) for name in ("id", "split", "start", "end", "seconds", "problem")}
+    rest = {name: getattr(clip, name) for name in ("id", "split", "start", "end", "seconds", "problem", "lacks")}
     return {name: value for name, value in (rest | captions).items() if value is not None}
 
 
-def _clip_from(row: dict[str, Any], folder: Path) -> Clip:
+def _clip_from(row: dict[str, Any]) -> Clip:
     captions = {kind: row[column] for kind, column in CAPTION_COLUMNS.items() if row.get(column)}
     captions = {kind: [texts] if isinstance(texts, str) else texts for kind, texts in captions.items()}
-    names = ("audio", "video", "start", "end", "seconds", "split", "problem")
+    names = ("audio", "video", "start", "end", "seconds", "split", "problem", "lacks")
     return Clip(str(row["id"]), captions=captions, **{name: row[name] for name in names if row.get(name) is not None})
 
 
-def _clip_of(shard: Path, key: str, files: dict[str, tuple[str, bytes | None]]) -> Clip | None:
-    row: dict[str, Any] = {"id": f"{shard.stem}/{key}"}
-    if ".json" in files:
-        told = json.loads(files[".json"][1])
-        row |= told if isinstance(told, dict) else {}
-    if ".txt" in files:
-        row.setdefault("caption", files[".txt"][1].decode("utf-8", "replace").strip())
-    row |= {"audio": None, "video": None}
-    for ending, (place, _) in files.items():
-        place = os.path.relpath(place, shard.parent)
-        if ending in NOTES:
-            continue
-        if ending.startswith(".audio.") or os.path.splitext(f"x{ending}")[1] in AUDIO:
-            row["audio"] = place
-        elif ending.startswith(".video."):
-            row["video"] = place
+def _clip_of(shard: Path, key: str, files: Files) -> tuple[Clip | None, list[str]]:
+    """(the clip that a sample makes, what of it is not used, and why)."""
+    row: dict[str, Any] = {}
+    text = None
+    found: dict[str, list[str]] = {part: [] for part in NAMED}
+    wrong = []
+    for ending, (_, content) in files.items():
+        first, _, rest = ending.partition(".")
+        last = ending.rpartition(".")[2]
+        if ending == "json":
+            try:
+                told = json.loads(content)
+            except ValueError as error:
+                told = error
+            if isinstance(told, dict):
+                row = told
+            else:
+                wrong.append(f"its .json is not used; it is no JSON object ({told})")
+        elif ending == "txt":
+            text = content.decode("utf-8", "replace").strip()
+        elif first in NAMED:
+            found[first].append(ending)
+        elif last in AUDIO:
+            found["audio"].append(ending)
+        elif last in VIDEO:
+            found["media"].append(ending)
         else:
-            row["audio"], row["video"] = row["audio"] or place, place
-    clip = _clip_from(row, shard.parent)
-    return clip if clip.audio or clip.video else None
+            wrong.append(f"its .{ending} is not used; that is no ending of sound, picture, .txt or .json")
+    used = {part: next(iter(found[part] + found["media"]), None) for part in ("audio", "video")}
+    for ending in (ending for endings in found.values() for ending in endings if ending not in used.values()):
+        wrong.append(f"its .{ending} is not used; it has another file for that")
+    if not any(used.values()):
+        return None, [*wrong, "not used; it has neither sound nor picture"]
+    row["caption"] = row.get("caption") or text
+    row |= {part: files[ending][0] if ending else None for part, ending in used.items()} | {"path": None}
+    row["id"] = str(row.get("id") or f"{shard.stem}/{key}")
+    try:
+        check_row(row, "not used")
+    except ConfigError as error:
+        return None, [*wrong, str(error)]
+    return _clip_from(row), wrong
 
 
 def _write(manifest: Manifest, folder: Path) -> None:
