@@ -309,6 +309,9 @@ class DataConfig:
     train_split: str | None = None  # only the rows of this split; None: all
     eval_split: str | None = None
     mix: dict[str, MixConfig] = field(default_factory=dict)  # instead of train: name -> set, drawn by weights
+    # instead of train: tar shards that are read one after the other, as s3://bucket/{000..127}.tar (data/stream.py)
+    shards: str | None = None
+    shuffle_window: int = 1000  # samples of a stream of shards among which the order is random
     demo: DemoConfig | None = None  # render the demo world and use its two manifests
     stamps: StampsConfig | None = None  # or the stamps
     max_seconds: float = 30.0  # longer files are cut to their first part
@@ -331,7 +334,14 @@ class DataConfig:
             not self.random_crop or (self.cache is None and not self.in_memory),
             "data.random_crop=true needs the files themselves: unset data.cache and data.in_memory",
         )
-        require(not self.mix or self.train is None, "data.mix and data.train are both set: put the manifest into mix")
+        sources = {"train": self.train, "mix": self.mix or None, "shards": self.shards}
+        given = [f"data.{name}" for name, source in sources.items() if source is not None]
+        require(len(given) <= 1, f"{' and '.join(given)} are both set: train on one of them; a mix may have many sets")
+        require(
+            self.shards is None or (self.cache is None and not self.in_memory and self.batch_tokens is None),
+            "data.shards is read as a stream: it goes with none of data.cache, data.in_memory and data.batch_tokens",
+        )
+        require(self.shuffle_window >= 1, f"data.shuffle_window={self.shuffle_window} is not positive")
 
 
 @dataclass
@@ -512,12 +522,11 @@ class RunConfig:
         one_of("precision", self.precision, ("auto", "fp32", "bf16"))
 
 
-# Settings of a run that a state fixes: with another value, what goes on would not be the same run. All others may be
-# changed on resume, and then hold from there on.
+# Settings that a state fixes: with another value, what goes on would not be the same run. All others may be changed on
+# resume, and hold from there on. Where the data lie may change; how many clips there are is in the loader's own state.
 FIXED_ON_RESUME = (
-    "model", "seed", "batch_size", "accumulate", "checkpoint", "init", "lora", "optim.freeze", "loss.pairings",
-    "data.train", "data.train_split", "data.mix", "data.demo", "data.stamps", "data.shards", "data.max_seconds",
-    "data.batch_tokens", "data.random_crops", "data.cache", "data.shuffle_window", "train", "demo",
+    "model", "seed", "batch_size", "accumulate", "lora", "optim.freeze", "loss.pairings", "data.max_seconds",
+    "data.batch_tokens", "data.random_crop", "data.shuffle_window", "max_seconds",
 )  # fmt: skip
 
 

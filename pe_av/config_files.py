@@ -105,7 +105,7 @@ def check_overrides(schema: type, arguments: Sequence[str]) -> None:
             if "," not in value:  # a sweep is Hydra's to check
                 one_of(key, value, sorted(path.stem for path in group.glob("*.yaml")))
         else:
-            nested = _nested(key, yaml.safe_load(value))
+            nested = _nested(key, _value(argument, value))
             _check_keys(schema, nested, source="command line", prefix="")
             if "," not in value or value[0] in "[{":  # the values of a sweep are Hydra's to check
                 _merge(schema, nested, source="command line")
@@ -141,7 +141,59 @@ def run_command(schema: type, config_name: str, run: Callable[[Any, Path], objec
         check_overrides(schema, sys.argv[1:])
     except ValueError as error:  # a ConfigError, or a value that YAML reads as an impossible date
         sys.exit(f"error: {error}")
+    sys.argv[1:] = _with_named_sections(schema, sys.argv[1:])
     main()
+
+
+def _value(argument: str, text: str) -> Any:
+    """Of an override; where it has brackets, as Hydra reads it, which is not quite YAML."""
+    if text[:1] not in "[{" or not text:
+        return yaml.safe_load(text)
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    try:
+        return OverridesParser.create().parse_override(argument).value()
+    except OverrideParseException as error:
+        raise ConfigError(f"command line: {argument}: {str(error).splitlines()[0]}") from None
+
+
+def _with_named_sections(schema: type, arguments: Sequence[str]) -> list[str]:
+    """The overrides as Hydra takes them: it knows no key whose name is the user's to choose, such as that of a data set
+    in data.mix, so all below such a mapping become one override of the whole, `++data.mix={name:{…}}`."""
+    kept, named = [], {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        mapping = _mapping_above(schema, key) if equals else None
+        if mapping is None:
+            kept.append(argument)
+            continue
+        *path, last = key.removeprefix(f"{mapping}.").split(".")
+        inner = named.setdefault(mapping, {})
+        for part in path:
+            inner = inner.setdefault(part, {})
+        inner[last] = value
+    return kept + [f"++{mapping}={_literal(inner)}" for mapping, inner in named.items()]
+
+
+def _mapping_above(schema: type, key: str) -> str | None:
+    """The part of a dotted key that is a mapping from names to values, if the rest names something in it."""
+    parts = key.split(".")
+    for count, part in enumerate(parts[:-1], start=1):
+        types = get_type_hints(schema) if is_dataclass(schema) else {}
+        if part not in types:
+            return None
+        if get_origin(types[part]) is dict:
+            return ".".join(parts[:count])
+        schema = next((t for t in (types[part], *get_args(types[part])) if is_dataclass(t)), type(None))
+    return None
+
+
+def _literal(value: Any) -> str:
+    """Of a mapping in Hydra's grammar; what is no mapping stands there as it was written."""
+    if not isinstance(value, dict):
+        return value
+    return "{" + ",".join(f"{name}:{_literal(inner)}" for name, inner in value.items()) + "}"
 
 
 def _nested(dotted: str, value: Any) -> dict[str, Any]:
@@ -170,6 +222,10 @@ def _check_keys(schema: type, values: dict[str, Any], source: str, prefix: str) 
             if not isinstance(value, list):
                 raise ConfigError(f"{source}: {prefix}{key} is a list of sections, not {value!r}")
             sections = {f"{prefix}{key}[{i}]": item for i, item in enumerate(value)}
+        elif get_origin(types[key]) is dict:
+            if not isinstance(value, dict):
+                raise ConfigError(f"{source}: {prefix}{key} names sections, and is not {value!r}")
+            sections = {f"{prefix}{key}.{name}": item for name, item in value.items()}
         for name, section in sections.items():
             if not isinstance(section, dict):
                 raise ConfigError(f"{source}: {name} is a section of settings, not {section!r}")

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, replace
 from itertools import islice
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -484,6 +485,7 @@ class Pool:
     def __init__(self, read: Callable[[Any], Item], num_workers: int):
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["pe_av.data.dataset"])
+        _start_server()
         self._read = read
         self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
         for _ in range(num_workers):
@@ -583,6 +585,19 @@ class Pool:
             return _end(worker, SECONDS_TO_END)
 
 
+def _start_server() -> None:
+    """The process that workers are forked from, deaf to the signals that are for the process that trains."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # only the main thread may set signals
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        forkserver.ensure_running()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _end(worker: _Worker, seconds: float) -> int | None:
     worker.process.kill()
     worker.process.join(seconds)
@@ -606,7 +621,8 @@ def _unpacked(clip: Any, answer: bytes) -> Item:
 def _serve(read: Callable[[Any], Item], pipe: Connection) -> None:
     """A worker's life: a clip comes, what was read of it goes, or as text why nothing was."""
     torch.set_num_threads(1)  # the workers are the parallelism
-    for number in (signal.SIGINT, signal.SIGTERM):  # they are for the process that trains, which has a step to finish
+    # they are for the process that trains, which has a step to finish; schedulers send them to everyone
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:

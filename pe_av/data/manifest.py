@@ -547,10 +547,10 @@ def measure(manifest: Manifest, threads: int = 8) -> Manifest:
     clips = iter(track(manifest, "looking", total=len(manifest), console=Console(stderr=True)))
     with ThreadPoolExecutor(threads) as pool:  # opening a file waits for the disk, and decodes nothing
         pieces = iter(lambda: list(islice(clips, 1000)), [])  # the pool would take all clips at once
-        return Manifest.of((clip for piece in pieces for clip in pool.map(_measured, piece)), manifest.folder)
+        return Manifest.of((clip for piece in pieces for clip in pool.map(measured, piece)), manifest.folder)
 
 
-def _measured(clip: Clip) -> Clip:
+def measured(clip: Clip) -> Clip:
     found: dict[str, Any] = {}
     lengths = []
     for kind in ("audio", "video"):

@@ -82,7 +82,7 @@ def index(folder: str | Path) -> tuple[Manifest, list[str]]:
         samples, complaints = _samples(shard)
         wrong += [f"{shard}: {complaint}" for complaint in complaints]
         for key, files in samples.items():
-            clip, complaints = _clip_of(shard, key, files)
+            clip, complaints = clip_of(shard, key, files)
             if clip is not None and clip.id in names:
                 complaints.append(f"the id {clip.id} stands more than once; here it is {shard.stem}/{key}")
                 clip = replace(clip, id=f"{shard.stem}/{key}")
@@ -204,7 +204,7 @@ def _clip_from(row: dict[str, Any]) -> Clip:
     return Clip(str(row["id"]), captions=captions, **{name: row[name] for name in names if row.get(name) is not None})
 
 
-def _clip_of(shard: Path, key: str, files: Files) -> tuple[Clip | None, list[str]]:
+def clip_of(shard: Path, key: str, files: Files) -> tuple[Clip | None, list[str]]:
     """(the clip that a sample makes, what of it is not used, and why)."""
     row: dict[str, Any] = {}
     text = None

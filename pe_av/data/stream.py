@@ -29,9 +29,9 @@ from typing import Any
 import numpy as np
 
 from ..config import ConfigError
-from .loader import AHEAD, Item, ProcessPool, _pinned, _result, _schedule, start_pool
-from .manifest import CAPTION_COLUMNS, Clip, _checked, _measured
-from .shards import _clip_from, _clip_of, _entry
+from .loader import AHEAD, Item, Pool, _pinned, start_pool
+from .manifest import CAPTION_COLUMNS, Clip, measured
+from .shards import clip_of
 
 PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds before a shard that failed is opened again
 FINAL = (
@@ -52,7 +52,16 @@ class Sample:
     number: int  # in its shard, from 0
     name: str  # SHARD-URL#KEY
     clip: Clip  # whose audio and video are the endings of the files below
-    media: dict[str, bytes]  # ending, as ".mp4" -> content
+    media: dict[str, bytes]  # ending, as "mp4" -> content
+
+    @property
+    def id(self) -> str:
+        return self.clip.id
+
+    @property
+    def video(self) -> str:
+        """What a loader names where reading fails: the clip's own file is only in memory."""
+        return self.name
 
 
 class SampleReader:
@@ -64,10 +73,10 @@ class SampleReader:
     def __call__(self, sample: Sample) -> Item:
         try:
             with ExitStack() as files:
-                paths = {end: files.enter_context(_file(content, end)) for end, content in sample.media.items()}
+                paths = {end: files.enter_context(_file(content, f".{end}")) for end, content in sample.media.items()}
                 clip = replace(sample.clip, audio=paths.get(sample.clip.audio), video=paths.get(sample.clip.video))
                 # no manifest has told which of sound and picture the one file has
-                item = self.read(_measured(clip) if clip.audio == clip.video else clip)
+                item = self.read(measured(clip) if clip.audio == clip.video else clip)
         except (OSError, MemoryError) as error:  # no room for the file
             return {"id": sample.clip.id, "error": f"{sample.name}: {error}"}
         if "error" not in item:
@@ -129,7 +138,7 @@ class StreamLoader:
         self.shuffle_shards, self.window = shuffle_shards, shuffle_window
         self._waiting: tuple[Place, ...] = ()  # read and not handed out yet, in the order in which they will be
         self._next: Place = (0, 0, 0)  # from where on everything is still to come
-        self._pool: ProcessPool | None = None
+        self._pool: Pool | None = None
         self._stop = threading.Event()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -199,22 +208,17 @@ class StreamLoader:
         """End the workers and the reading."""
         self._stop.set()
         if self._pool is not None:
-            self._pool.stop()
-            self._pool.join()
+            self._pool.close()
             self._pool = None
 
     def _take(self, plan: Iterator[Any]) -> tuple[Any, ...]:
         """The next batch, read from the shards and on its way to the workers."""
         rows, bad, after = next(plan)
-        return rows, bad, after, [_schedule(self._pool, sample, self.time_limit) for _, sample in rows]
+        return rows, bad, after, [self._pool.read(sample, self.time_limit) for _, sample in rows]
 
     def _gather(self, taken: Future) -> tuple[dict[str, Any], tuple[tuple[Place, ...], Place]]:
         rows, bad, after, futures = taken.result()
-        items = []
-        for (_, sample), future in zip(rows, futures, strict=True):
-            # what became of the worker is told of the clip's file, and that is the shard's
-            items.append(_result(replace(sample.clip, video=sample.name), future, self.time_limit))
-        return self._collate(items, rows, bad), after
+        return self._collate([future.result() for future in futures], rows, bad), after
 
     def _collate(self, items: list[Item], rows: list[tuple[Place, Sample]], bad: list[Item]) -> dict[str, Any]:
         picks = [_number(self.seed, epoch, sample.name) for (epoch, _, _), sample in rows]
@@ -395,17 +399,14 @@ def _sample(url: str, number: int, found: dict[str, Any]) -> Sample:
     """Of what webdataset has put together: {"__key__", ending without dot: content}."""
     key = found["__key__"]
     name = f"{url}#{key}"
-    files = {f".{end}": (f".{end}", content) for end, content in found.items() if isinstance(content, bytes)}
-    try:
-        shard = re.findall(r"[^/\s]+\.tar", url) or [url]  # a command may say more after it, and a signed URL too
-        clip = _clip_of(Path(shard[-1]), key, files)
-    except ValueError as error:
-        raise ConfigError(f"{name}: its .json cannot be read: {_line(error)}") from None
-    if clip is None:
-        raise ConfigError(f"{name}: has neither sound nor picture, only {', '.join(files) or 'nothing'}")
-    row = _checked(_entry(clip) | {"audio": clip.audio, "video": clip.video}, name)
+    files = {end: (end, content) for end, content in found.items() if isinstance(content, bytes)}
+    shard = re.findall(r"[^/\s]+\.tar", url) or [url]  # a command may say more after it, and a signed URL too
+    clip, wrong = clip_of(Path(shard[-1]), key, files)
+    damaged = [complaint for complaint in wrong if complaint.startswith("its .json")]
+    if clip is None or damaged:
+        raise ConfigError(f"{name}: {(damaged or wrong)[-1]}")
     media = {end: files[end][1] for end in (clip.audio, clip.video) if end is not None}
-    return Sample(number, name, _clip_from(row, Path()), media)
+    return Sample(number, name, clip, media)
 
 
 def _files(url: str, stop: threading.Event, torn: list[str]) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The contrastive training of PEAudioVideo: which pairings the data allow, their loss, and held-out retrieval."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ..ranks import rank, world_size
 from .lora import add_adapters
 from .optim import freeze
 from .run import Evaluation
-from .setup import prepare_loaders, prepare_model, watch_loader
+from .setup import prepare_loaders, prepare_model, training_clips, watch_loader
 
 
 class Contrastive:
@@ -34,8 +35,8 @@ class Contrastive:
 
     def __init__(self, config: TrainConfig, device: torch.device, console: Console):
         self.config, self.device, self.console = config, device, console
-        train_clips, eval_clips = (open_manifest(config.data, split) for split in ("train", "eval"))
-        self.items = len(train_clips) + len(eval_clips)
+        train_clips, eval_clips = training_clips(config.data), open_manifest(config.data, "eval")
+        self.items = len(eval_clips) + (sys.maxsize if config.data.shards is not None else len(train_clips))
         self.pairings = trainable_pairings(config.loss.weighted(), train_clips, console)
         self.model, self.processor = prepare_model(config, train_clips, device, console)
         self.train_loader, self.eval_loader = prepare_loaders(

@@ -47,6 +47,7 @@ from .parallel import clip_gradients, parallelize
 from .profile import Profile
 
 MOST_SKIPPED = 10  # steps in a row without a finite loss and gradient, after which a run gives up
+MOST_FRUITLESS = 100_000  # items in a row without two clips to pair, if there are as many, after which it does so too
 # USR1 is for schedulers: torchrun, which ends its ranks 30 s after TERM whatever is left to write, does not act on it
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 TIME_IS_UP = 1000  # beside the numbers of signals
@@ -72,7 +73,7 @@ class Task(Protocol):
     embedder: nn.Module  # part of a batch -> name -> (rows, …); calls the model
     processor: Processor
     train_loader: Any  # endless by epochs: iterating gives the rest of one; `state_dict`, `load_state_dict`
-    items: int  # that there are, to train and to evaluate on
+    items: int  # that there are, to train and to evaluate on; of a stream more than anyone will read
     figures: list[str]  # names of an evaluation's figures
     falling: list[str]  # those of which less is better
 
@@ -384,7 +385,7 @@ class Run:
                     runs = {run for theirs in everyone for run in dict(enumerate(theirs["runs"])).get(index, ())}
                     agreed.append(task.wanted(counts, sorted(runs)))
                 fruitless = 0 if any(agreed) else fruitless + sum(read)
-                if fruitless > task.items:
+                if fruitless > min(task.items, MOST_FRUITLESS):
                     raise ConfigError(
                         f"the last {fruitless} items gave no batch with two clips to pair: partial_items.jsonl and "
                         f"bad_items.jsonl in {self.folder} say what they lack"

@@ -9,23 +9,39 @@ from rich.console import Console
 from torch import Tensor
 
 from ..checkpoint import build_model, load_model
-from ..config import ConfigError, TrainConfig
+from ..config import ConfigError, DataConfig, TrainConfig
 from ..conversion.warm_start import warm_start
 from ..data.cache import reader_for
-from ..data.dataset import ClipReader, Collate, load_into_memory
+from ..data.dataset import ClipReader, Collate, load_into_memory, open_manifest
 from ..data.loader import BatchSampler, Loader
 from ..data.manifest import Manifest, read_manifest
+from ..data.mix import MixedManifest, read_mix
 from ..data.processor import Processor
+from ..data.stream import SampleReader, StreamLoader, first_samples
 from ..data.tokenizer import read_tokenizer, train_tokenizer
 from ..model.codec import CodecEncoder
 from ..model.peav import PEAudioVideo
 from ..ranks import rank, world_size
 
+SAMPLES = 1000  # of a stream of shards, from which its tokenizer is trained
 CALIBRATION_CLIPS = 12  # of which a random codec hears the first second
 
 
+def training_clips(data: DataConfig) -> Manifest | MixedManifest:
+    """What there is to train on; of a stream of shards the first samples, which stand for all.
+
+    Raises:
+        ConfigError: no such data.
+    """
+    if data.mix:
+        return read_mix(data.mix)
+    if data.shards is not None:
+        return Manifest.of([sample.clip for sample in first_samples(data.shards, SAMPLES)])
+    return open_manifest(data, "train")
+
+
 def prepare_model(
-    config: TrainConfig, clips: Manifest, device: torch.device, console: Console
+    config: TrainConfig, clips: Manifest | MixedManifest, device: torch.device, console: Console
 ) -> tuple[PEAudioVideo, Processor]:
     """From the checkpoint, or with random weights, warm starts, and a tokenizer made from the captions."""
     if config.checkpoint is not None:
@@ -42,7 +58,10 @@ def prepare_model(
         tokenizer = train_tokenizer(clips.texts(), config.model.text.vocab_size)
     processor = Processor(config.model, tokenizer)
     if not config.model.audio.codec.trainable and config.init.codec is None:
-        items = map(ClipReader(processor, config.data.max_seconds), clips)
+        read: Callable[[Any], dict[str, Any]] = ClipReader(processor, config.data.max_seconds)
+        items = map(read, clips)
+        if config.data.shards is not None:
+            items = map(SampleReader(read), first_samples(config.data.shards, SAMPLES))
         waveforms = (item["waveform"] for item in items if "waveform" in item)
         calibrate(model.audio.codec, waveforms, config.model.audio.codec.sampling_rate, device)
     return model, processor
@@ -66,18 +85,48 @@ def prepare_loaders(
     model: PEAudioVideo,
     processor: Processor,
     device: torch.device,
-    train_clips: Manifest,
+    train_clips: Manifest | MixedManifest,
     eval_clips: Manifest,
-) -> tuple[Loader, Loader]:
-    """The training and the evaluation clips in batches for this device."""
-    data = config.data
-
-    def codec_features(waveform: Tensor) -> Tensor:
-        return model.audio.encode(waveform.to(device))[0].cpu()
-
-    kinds = tuple(dict.fromkeys(pairing.caption for pairing in config.loss.pairings if pairing.weight))
+) -> tuple[Loader | StreamLoader, Loader]:
+    """The training and the evaluation clips in batches for this rank and device."""
+    data, pinned = config.data, device.type == "cuda"
     ranks = {"rank": rank(), "world": world_size()}
-    train = BatchSampler(
+    kinds = tuple(dict.fromkeys(pairing.caption for pairing in config.loss.pairings if pairing.weight))
+    # held-out clips also have one caption for all, by which they are found
+    collate, collate_all = Collate(processor, kinds), Collate(processor, tuple(dict.fromkeys((None, *kinds))))
+    read: Callable[[Any], dict[str, Any]] = reader_for(data, model, processor)
+
+    def loader(
+        title: str, clips: Sequence[Any], sampler: BatchSampler, together: Collate, crop: float | None
+    ) -> Loader:
+        if not data.in_memory:
+            return Loader(clips, read, sampler, together, data.num_workers, data.time_limit, pinned, crop)
+
+        def codec_features(waveform: Tensor) -> Tensor:
+            return model.audio.encode(waveform.to(device))[0].cpu()
+
+        encode = None if model.config.audio.codec.trainable else codec_features
+        items = load_into_memory(clips, read, data.num_workers, encode, f"reading the {title} clips", data.time_limit)
+        return Loader(items, dict, sampler, together, pin_memory=pinned)
+
+    evaluation = BatchSampler(len(eval_clips), config.eval_batch_size, **ranks)
+    eval_loader = loader("evaluation", eval_clips, evaluation, collate_all, None)
+    if data.shards is not None:
+        rows = len(range(rank(), config.batch_size, world_size()))  # of this rank
+        stream = StreamLoader(
+            data.shards,
+            read,
+            collate,
+            rows,
+            seed=config.seed,
+            num_workers=data.num_workers,
+            time_limit=data.time_limit,
+            shuffle_window=data.shuffle_window,
+            pin_memory=pinned,
+            **ranks,
+        )
+        return stream, eval_loader
+    sampler = BatchSampler(
         len(train_clips),
         config.batch_size,
         shuffle=True,
@@ -85,23 +134,11 @@ def prepare_loaders(
         lengths=train_clips.lengths(data.max_seconds),
         parts=train_clips.parts(),
         max_tokens=data.batch_tokens,
+        mixture=train_clips.mixture if isinstance(train_clips, MixedManifest) else None,
         **ranks,
     )
-    evaluation = BatchSampler(len(eval_clips), config.eval_batch_size, **ranks)
-    loaders = []
-    for title, clips, sampler in (("training", train_clips, train), ("evaluation", eval_clips, evaluation)):
-        read: Callable[[Any], dict[str, Any]] = reader_for(data, model, processor)
-        items: Sequence[Any] = clips
-        workers = data.num_workers
-        if data.in_memory:
-            encode = None if model.config.audio.codec.trainable else codec_features
-            title = f"reading the {title} clips"
-            items = load_into_memory(clips, read, workers, encode, title, data.time_limit)
-            read, workers = dict, 0
-        # held-out clips also have one caption for all, by which they are found
-        collate = Collate(processor, kinds if sampler is train else tuple(dict.fromkeys((None, *kinds))))
-        loaders.append(Loader(items, read, sampler, collate, workers, data.time_limit, device.type == "cuda"))
-    return loaders[0], loaders[1]
+    crop = data.max_seconds if data.random_crop else None
+    return loader("training", train_clips, sampler, collate, crop), eval_loader
 
 
 def watch_loader(config: TrainConfig, processor: Processor) -> Loader | None:
