@@ -20,18 +20,20 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-import pe_av.training.loop
+import pe_av.training.contrastive
 from pe_av import load_model
 from pe_av.checkpoint import CheckpointError
 from pe_av.config import ConfigError, TrainConfig
 from pe_av.config_files import config_dir, from_dict
 from pe_av.device import precision_context
 from pe_av.loss import LossOutput, contrastive_loss
-from pe_av.training.checkpoints import whole_checkpoints
-from pe_av.training.loop import MOST_SKIPPED, Run
+from pe_av.training.checkpoints import damage, newest_whole
+from pe_av.training.contrastive import Contrastive
+from pe_av.training.run import MOST_SKIPPED, Run
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["data.demo.train_clips=24", "data.demo.eval_clips=4", "batch_size=8", "data.num_workers=0", "log_every=1"]
+EIGHT_STEPS = ["steps=8", "eval_every=4", "save_every=2", "optim.ema=0.5"]
 # ranks and compiled blocks draw other random numbers, so they are compared without
 NO_DROPOUT = [f"model.{part}.attention_dropout=0" for part in ("audio.transformer", "video.transformer", "fusion")]
 
@@ -62,13 +64,13 @@ def losses(folder: Path) -> list[tuple[int, float, float]]:
 def whole(world: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight steps without interruption: more than two epochs of 24 clips in batches of eight."""
     folder = tmp_path_factory.mktemp("whole")
-    finish(folder, *world, "steps=8", "eval_every=2", "optim.ema=0.5")
+    finish(folder, *world, *EIGHT_STEPS)
     return folder
 
 
 def killed_and_resumed(folder: Path, world: list[str], wait: random.Random) -> None:
     """kill -9 once a step after the first was logged, at a random moment, also while a checkpoint is written."""
-    process = start(folder, *world, "steps=8", "eval_every=2", "optim.ema=0.5")
+    process = start(folder, *world, *EIGHT_STEPS)
     history = folder / "history.jsonl"
     steps = wait.randint(1, 6)
     while process.poll() is None and not (history.exists() and len(history.read_text().splitlines()) >= steps):
@@ -76,7 +78,7 @@ def killed_and_resumed(folder: Path, world: list[str], wait: random.Random) -> N
     time.sleep(wait.uniform(0, 0.6))
     process.kill()
     process.communicate()
-    finish(folder, *world, "steps=8", "eval_every=2", "optim.ema=0.5", "resume=auto")
+    finish(folder, *world, *EIGHT_STEPS, "resume=auto")
 
 
 @pytest.mark.parametrize("trial", [pytest.param(n, marks=[pytest.mark.slow] * (n != 5)) for n in range(20)])
@@ -87,7 +89,7 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path: Path, world: list[str], whole
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_a_signal_saves_and_leaves_with_its_code(tmp_path: Path, world: list[str], sent: signal.Signals, code: int):
     process = start(tmp_path, *world, "steps=100000", "eval_every=100000")
     while process.poll() is None and not (tmp_path / "history.jsonl").exists():
@@ -97,8 +99,16 @@ def test_a_signal_saves_and_leaves_with_its_code(tmp_path: Path, world: list[str
     assert process.returncode == code
     assert f"stopped by {sent.name}" in errors and "resume=auto" in errors and "Traceback" not in errors
     saved = losses(tmp_path)[-1][0]
-    assert (tmp_path / "state" / f"step-{saved:08d}" / "checksums.json").is_file()
-    assert (tmp_path / "checkpoint" / "model.safetensors").is_file()
+    assert damage(tmp_path / "state" / f"step-{saved:08d}") is None
+    # a scheduler's time is for the state alone
+    assert (tmp_path / "checkpoint" / "model.safetensors").is_file() == (sent == signal.SIGINT)
+
+
+def test_a_run_leaves_when_its_time_is_up(tmp_path: Path, world: list[str]):
+    process = start(tmp_path, *world, "steps=100000", "eval_every=100000", "max_minutes=0.01")
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 124 and "stopped by max_minutes; go on with" in errors and "Traceback" not in errors
+    assert damage(tmp_path / "state" / f"step-{losses(tmp_path)[-1][0]:08d}") is None
 
 
 def test_two_ranks_log_what_one_does(tmp_path: Path, world: list[str]):
@@ -117,7 +127,7 @@ def test_two_ranks_log_what_one_does(tmp_path: Path, world: list[str]):
 def test_torchrun_goes_on_when_a_rank_is_lost(tmp_path: Path, world: list[str], sent: signal.Signals):
     """Killed, or hanging for longer than the timeout: the other rank says so in one line, and all start again."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1")
-    options = [*NO_DROPOUT, "steps=8", "eval_every=2"]
+    options = [*NO_DROPOUT, "steps=8", "save_every=2"]
     finish(tmp_path / "one", *world, *options)
     folder, options = tmp_path / "two", [*options, "resume=auto", "parallel.timeout_minutes=0.2"]
     process = start(folder, *world, *options, launcher=launcher)
@@ -136,6 +146,9 @@ def test_torchrun_goes_on_when_a_rank_is_lost(tmp_path: Path, world: list[str], 
     ("overrides", "message"),
     [
         (["resume=nowhere"], "nowhere: no checksums.json there, so this is no checkpoint of a run"),
+        (["best=R@2"], "best=R@2 is no figure of the evaluation; did you mean R@1?"),
+        (["parallel.shard_bf16=true", "precision=fp32"], "parallel.shard_bf16 gathers weights in bfloat16 and needs"),
+        (["loss.pairings=[{name:x,left:audio,right:text_audio,caption:visual,logits:audio_text}]"], "none of x can be"),
         (["parallel.strategy=tensor"], "parallel.strategy=tensor is unknown"),
         (["optim.freeze=[vidio]"], "optim.freeze: the model has no part vidio"),
         (["wandb_project=x"], "wandb_project=x needs Weights & Biases: pip install wandb"),
@@ -152,14 +165,7 @@ def run(folder: Path, overrides: list[str]) -> Run:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         composed = compose("train", overrides=overrides)
     config = from_dict(TrainConfig, OmegaConf.to_container(composed), source="test")
-    return Run(config, folder, torch.device("cpu"))
-
-
-def test_a_batch_that_does_not_divide_over_the_ranks_is_refused(tmp_path: Path, world: list[str], monkeypatch):
-    monkeypatch.setattr(pe_av.training.loop, "world_size", lambda: 3)
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda shared: None)
-    with pytest.raises(ConfigError, match="batch_size=8 is that of all ranks together and does not divide over 3"):
-        run(tmp_path, world)
+    return Run(config, folder, torch.device("cpu"), Contrastive)
 
 
 def test_half_precision_is_refused_where_a_gpu_has_none(monkeypatch):
@@ -176,9 +182,10 @@ def broken(monkeypatch: pytest.MonkeyPatch, at: set[int]) -> None:
         nonlocal calls
         calls += 1
         out = contrastive_loss(*arguments)
-        return LossOutput(out.total * float("nan"), out.losses) if calls in at else out
+        nan = LossOutput(out.total * float("nan"), out.losses)
+        return nan if calls in at and out.total.requires_grad else out
 
-    monkeypatch.setattr(pe_av.training.loop, "contrastive_loss", loss)
+    monkeypatch.setattr(pe_av.training.contrastive, "contrastive_loss", loss)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_named(tmp_path: Path, world: list[str], monkeypatch):
@@ -194,7 +201,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(tmp_path: Path, world: l
 
 def test_ten_such_steps_end_the_run_and_harm_nothing(tmp_path: Path, world: list[str], monkeypatch):
     broken(monkeypatch, set(range(4, 100)))
-    training = run(tmp_path, [*world, "steps=50", "eval_every=2"])
+    training = run(tmp_path, [*world, "steps=50", "eval_every=2", "save_every=2"])
     with pytest.raises(ConfigError, match=f"{MOST_SKIPPED} steps in a row had no finite loss"):
         training.train()
     weights = load_file(tmp_path / "checkpoint" / "model.safetensors")
@@ -204,20 +211,28 @@ def test_ten_such_steps_end_the_run_and_harm_nothing(tmp_path: Path, world: list
 
 @pytest.mark.parametrize(
     "overrides",
-    [["loss=ten"], ["lora.rank=2"], ["accumulate=2"], ["optim.freeze=[text,video.vision]"]],
-    ids=["ten pairings", "adapters", "accumulation", "frozen towers"],
+    [
+        ["loss=ten"],
+        ["lora.rank=2"],
+        ["accumulate=2"],
+        ["optim.freeze=[text,video.vision]"],
+        ["loss.pairings=[{name:audio_text,left:audio,right:text_audio}]", "optim.ema=0.5"],
+    ],
+    ids=["ten pairings", "adapters", "accumulation", "frozen towers", "without video"],
 )
-def test_recipes_run_and_can_be_loaded(tmp_path: Path, world: list[str], overrides: list[str]):
+def test_recipes_run_can_be_loaded_and_go_on(tmp_path: Path, world: list[str], overrides: list[str]):
     metrics = run(tmp_path, [*world, "steps=2", *overrides]).train()
-    assert metrics["text->audio"]["gallery"] == 4
+    assert metrics["text->audio"]["gallery"] == 4 and metrics["loss"]["total"] > 0
     assert not any(".adapter." in name for name in load_model(tmp_path / "checkpoint").state_dict())
+    run(tmp_path, [*world, "steps=3", *overrides, "resume=auto"]).train()
+    assert [row[0] for row in losses(tmp_path)] == [1, 2, 3]
 
 
 def test_a_disk_without_room_is_seen_before_training(tmp_path: Path, world: list[str], whole: Path, monkeypatch):
-    """The room is what a run in fact writes: one state more than it keeps, and the model twice."""
+    """The room is what a run in fact writes: one state more than it keeps, the model, the best one, and a new one."""
     folders = [*(whole / "state").iterdir(), whole / "checkpoint"]
     *states, model = [sum(file.stat().st_size for file in folder.iterdir()) for folder in folders]
-    written = sum(states) + states[0] + 2 * model
+    written = sum(states) + states[0] + 3 * model
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0.95 * written))
     with pytest.raises(CheckpointError, match="the disk has 0.2 GB left and the checkpoints need 0.2: make room"):
         run(tmp_path / "no", [*world, "optim.ema=0.5"])
@@ -236,7 +251,7 @@ def test_a_disk_that_fills_up_costs_one_line_and_no_older_state(tmp_path: Path, 
             training.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert [path.name for path in whole_checkpoints(tmp_path / "state")] == ["step-00000002"]
+    assert newest_whole(tmp_path / "state") == (tmp_path / "state" / "step-00000002", [])
 
 
 @pytest.mark.slow
@@ -277,11 +292,40 @@ def test_fine_tuning_moves_what_its_recipe_says(tmp_path: Path, world: list[str]
 
 def test_biases_start_where_other_pairs_are_as_rare_as_in_a_batch(tmp_path: Path, world: list[str]):
     training = run(tmp_path, [*world, "steps=1", "loss.start_bias=true"])
-    batch = next(iter(training.eval_loader))
+    batch = next(iter(training.task.eval_loader))
     with torch.no_grad():
-        out = training.model.eval()(**batch["inputs"])
+        out = training.model.eval()(**batch["inputs"], **batch["texts"][None])
     for name in training.model.logits:
         logits = getattr(out, f"logits_{name}")
         apart = logits[~torch.eye(len(logits), dtype=torch.bool)].mean().item()
         assert apart == pytest.approx(-math.log(8 - 1), abs=1e-4), name
-    training.eval_loader.close()
+    training.task.close()
+
+
+def test_settings_that_a_state_fixes_are_refused_and_others_hold_from_there_on(tmp_path: Path, world: list[str]):
+    run(tmp_path, [*world, "steps=2", "optim.ema=0.5"]).train()
+    for changed, told in (
+        (["batch_size=6"], "batch_size was 8, now 6"),
+        (["seed=1"], "seed was 0, now 1"),
+        (["model.audio.transformer.attention_dropout=0.5"], "attention_dropout was 0.1, now 0.5"),
+        (["optim.freeze=[text]"], r"optim.freeze was \[\], now \['text'\]"),
+    ):
+        with pytest.raises(ConfigError, match=f"cannot go on with other settings of what it fixes: .*{told}"):
+            run(tmp_path, [*world, "steps=4", "optim.ema=0.5", "resume=auto", *changed])
+    with pytest.raises(ConfigError, match="optim.ema was 0.5, now None"):
+        run(tmp_path, [*world, "steps=4", "resume=auto"])
+    options = ["optim.ema=0.9", "optim.lr=1e-4", "optim.weight_decay=0.5", "optim.warmup_steps=0", "log_every=2"]
+    going_on = run(tmp_path, [*world, "steps=4", "resume=auto", *options])
+    going_on.train()
+    row = json.loads((tmp_path / "history.jsonl").read_text().splitlines()[-1])
+    assert row["step"] == 4 and row["lr"] == pytest.approx(1e-4 * (1 + math.cos(math.pi * 3 / 4)) / 2)
+    assert {group["weight_decay"] for group in going_on.optimizer.param_groups} == {0.0, 0.5}
+    assert "lr: 0.0001" in (tmp_path / "config.yaml").read_text()
+
+
+def test_the_average_begins_with_the_biases_that_the_data_gave(tmp_path: Path, world: list[str]):
+    training = run(tmp_path, [*world, "steps=1", "loss.start_bias=true", "optim.ema=0.999999", "optim.lr=1e-9"])
+    started = {name: pair.bias.item() for name, pair in training.model.logits.items()}
+    training.train()
+    exported = load_model(tmp_path / "checkpoint").logits
+    assert {name: exported[name].bias.item() for name in started} == pytest.approx(started, abs=1e-5)

@@ -53,7 +53,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_everything_that_is_promised(trained: Path):
     assert {path.name for path in trained.iterdir()} == {
-        "checkpoint", "config.yaml", "history.jsonl", "loss.png", "metrics.json", "similarity.png", "state",
+        "best", "checkpoint", "config.yaml", "history.jsonl", "loss.png", "metrics.json", "similarity.png", "state",
         "tensorboard",
     }  # fmt: skip
     assert {path.name for path in (trained / "checkpoint").iterdir()} == {
@@ -139,22 +139,34 @@ def test_unreadable_clips_are_listed_and_skipped(trained: Path, tmp_path: Path):
     done = run("train.py", *common, "max_bad_fraction=0.1", f"hydra.run.dir={tmp_path}/run")
     assert done.returncode == 0, done.stderr
     bad = [json.loads(line) for line in (tmp_path / "run" / "bad_items.jsonl").read_text().splitlines()]
-    assert {item["id"] for item in bad} == {lines[5]["id"], lines[7]["id"]}
-    assert any("broken.mp4" in item["error"] for item in bad)
-    assert any("empty" in item["error"] for item in bad)
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["bad_items"] == 2
+    assert [item["id"] for item in bad] == [lines[5]["id"]] and "broken.mp4" in bad[0]["error"]
+    partial = [json.loads(line) for line in (tmp_path / "run" / "partial_items.jsonl").read_text().splitlines()]
+    assert [item["id"] for item in partial] == [lines[7]["id"]] and "empty" in partial[0]["error"]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["bad_items"] == metrics["partial_items"] == 1
 
-    done = run("train.py", *common, f"hydra.run.dir={tmp_path}/strict")
-    assert done.returncode != 0 and "max_bad_fraction=0.05" in done.stderr and "Traceback" not in done.stderr
+    done = run("train.py", *common, "max_bad_fraction=0.02", f"hydra.run.dir={tmp_path}/strict")
+    assert done.returncode != 0 and "max_bad_fraction=0.02" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_bad_items_are_counted_once_each(tmp_path: Path):
-    bad = BadItems(tmp_path / "bad.jsonl", total=20, max_fraction=0.05)
+    bad = BadItems(tmp_path, total=20, max_fraction=0.05)
     for _ in range(3):
-        bad.add([{"id": "a", "error": "torn"}])
-    with pytest.raises(ConfigError, match="2 of 20 items"):
-        bad.add([{"id": "b", "error": "torn"}])
-    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 2
+        bad.add(5, [{"id": "a", "error": "torn"}], [{"id": str(i), "error": "no audio track"} for i in range(9)])
+    with pytest.raises(ConfigError, match="2 of 20 items read cannot be used, more than max_bad_fraction=0.05"):
+        bad.add(5, [{"id": "b", "error": "torn"}])
+    assert len((tmp_path / "bad_items.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "partial_items.jsonl").read_text().splitlines()) == 9
+    again = BadItems(tmp_path, total=20, max_fraction=0.05)  # of the run that goes on
+    assert set(again.reasons["bad"]) == {"a", "b"}
+
+
+def test_the_limit_is_on_what_was_read_and_not_on_what_there_is(tmp_path: Path):
+    bad = BadItems(tmp_path, total=1_000_000, max_fraction=0.05)
+    bad.add(200, [{"id": f"{i}", "error": "torn"} for i in range(10)])
+    bad.add(200, [{"id": f"{i}", "error": "torn"} for i in range(10, 20)])
+    with pytest.raises(ConfigError, match="21 of 400 items read"):
+        bad.add(0, [{"id": "20", "error": "torn"}])
 
 
 @pytest.mark.parametrize(
@@ -208,13 +220,14 @@ def test_the_tokenizer_writes_any_text_and_marks_its_ends():
 
 
 def demo_run(folder: Path, *overrides: str) -> dict[str, dict[str, float]]:
-    from pe_av.training.loop import Run
+    from pe_av.training.contrastive import Contrastive
+    from pe_av.training.run import Run
 
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         composed = compose("train", overrides=list(overrides))
     config = from_dict(TrainConfig, OmegaConf.to_container(composed), source="test")
-    return Run(config, folder, torch.device("cpu")).train()
+    return Run(config, folder, torch.device("cpu"), Contrastive).train()
 
 
 @pytest.mark.slow
@@ -237,7 +250,7 @@ def test_the_published_loss_learns_next_to_nothing(tmp_path: Path, monkeypatch: 
         total = sum(pairing.weight * losses[pairing.name] for pairing in pairings)
         return LossOutput(total, {name: loss.detach() for name, loss in losses.items()})
 
-    monkeypatch.setattr("pe_av.training.loop.contrastive_loss", published)
+    monkeypatch.setattr("pe_av.training.contrastive.contrastive_loss", published)
     metrics = demo_run(tmp_path)
     for direction, row in metrics.items():
-        assert row["R@1"] < 4, direction  # ten times chance; ours is above a hundred times
+        assert direction == "loss" or row["R@1"] < 4, direction  # ten times chance; ours is above a hundred times

@@ -26,7 +26,8 @@ from pe_av.config import CodecConfig, ConfigError, InitConfig, ModelConfig, Text
 from pe_av.config_files import config_dir, from_dict
 from pe_av.conversion.warm_start import fold_weight_norm, warm_start
 from pe_av.data.tokenizer import train_tokenizer
-from pe_av.training.loop import Run
+from pe_av.training.contrastive import Contrastive
+from pe_av.training.run import Run
 
 WEIGHTS = "model.safetensors"
 
@@ -379,7 +380,12 @@ def run(folder: Path, world: Path, *overrides: str) -> Run:
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         composed = compose("train", overrides=small)
-    return Run(from_dict(TrainConfig, OmegaConf.to_container(composed), source="test"), folder, torch.device("cpu"))
+    return Run(
+        from_dict(TrainConfig, OmegaConf.to_container(composed), source="test"),
+        folder,
+        torch.device("cpu"),
+        Contrastive,
+    )
 
 
 @pytest.fixture

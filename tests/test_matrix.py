@@ -1,0 +1,297 @@
+"""Runs of every kind, killed at a random moment and resumed, must end with the weights of the uninterrupted run.
+
+The cases are generated: every pair of two options' values occurs in one of them. Ranks are real processes over gloo,
+forked from a server that has everything imported.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import time
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_config
+from safetensors.torch import load_file
+from test_data import write_clip
+from test_processor import make_tokenizer
+
+from pe_av.checkpoint import build_model, save_model
+from pe_av.config import DataConfig, LoraConfig, OptimConfig, ParallelConfig, TrainConfig
+from pe_av.data.cache import write_cache
+from pe_av.data.loader import BatchSampler
+from pe_av.data.manifest import Clip, Manifest, read_manifest
+from pe_av.data.processor import Processor
+from pe_av.training.checkpoints import newest_whole, read_progress
+
+BATCH, STEPS, SAVE_EVERY = 6, 8, 2
+CLIPS = 30
+
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "ranks": ("1", "2", "3"),
+    "strategy": ("ddp", "fsdp"),
+    "micro": ("whole", "micro"),
+    "extra": ("plain", "ema", "lora", "frozen", "cache", "recompute", "accumulate"),
+    "data": ("clean", "bad", "pure"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    ranks: str
+    strategy: str
+    micro: str
+    extra: str
+    data: str
+
+
+def pairwise(options: dict[str, tuple[str, ...]]) -> list[Case]:
+    """Few cases in which any two values of different options meet: always the one with the most new pairs."""
+
+    def pairs(case: tuple[str, ...]) -> set[tuple[tuple[int, str], tuple[int, str]]]:
+        return set(combinations(enumerate(case), 2))
+
+    every = list(product(*options.values()))
+    missing = set().union(*map(pairs, every))
+    chosen = []
+    while missing:
+        best = max(every, key=lambda case: len(pairs(case) & missing))
+        missing -= pairs(best)
+        chosen.append(Case(*best))
+    return chosen
+
+
+CASES = pairwise(OPTIONS)
+COMPILED = pairwise(OPTIONS | {"extra": ("compile",)})
+
+
+def test_any_two_options_meet():
+    for (one, ones), (other, others) in combinations(OPTIONS.items(), 2):
+        met = {(getattr(case, one), getattr(case, other)) for case in CASES}
+        assert met == set(product(ones, others))
+    assert len(CASES) < 30
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is trained
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with clips, a checkpoint to start from, cached features, and the manifests."""
+    folder = tmp_path_factory.mktemp("matrix")
+    torch.manual_seed(0)
+    config = small_config()
+    config.video.num_frames = 3
+    model, processor = build_model(config), Processor(config, make_tokenizer())
+    save_model(model, folder / "checkpoint")
+    processor.save_pretrained(folder / "checkpoint")
+    (folder / "files").mkdir()
+    files = [str(write_clip(folder / "files" / f"{i}.mp4", 0.2 + 0.04 * (i % 5))) for i in range(CLIPS)]
+    words = ("a dog", "barks", "at night", "a", "dog", "night", "a dog barks")
+    texts = [{None: [f"{words[i % 7]} {words[i // 7]} {words[i % 3]}"]} for i in range(CLIPS)]
+    seconds = [0.2 + 0.04 * (i % 5) for i in range(CLIPS)]
+    clean = [Clip(str(i), files[i], files[i], texts[i], seconds=seconds[i]) for i in range(CLIPS)]
+    clean_manifest = Manifest.of(clean, folder)
+    clean_manifest.write(folder / "clean.jsonl")
+    # sound and caption, picture and caption, sound and picture, all three: sorted into batches that are pure
+    kept = [(True, False, True), (False, True, True), (True, True, False), (True, True, True)]
+    pure = [
+        replace(
+            clip, audio=a and clip.audio or None, video=v and clip.video or None, captions=clip.captions if c else {}
+        )
+        for clip, (a, v, c) in zip(clean, (kept[i * 4 // CLIPS] for i in range(CLIPS)), strict=True)
+    ]
+    Manifest.of(pure, folder).write(folder / "pure.jsonl")
+    for ranks in (1, 2, 3):
+        # a fifth of the clips, all at the last rank, so that its batches are bad as a whole
+        sampler = BatchSampler(
+            CLIPS,
+            BATCH,
+            shuffle=True,
+            lengths=np.array(seconds),
+            parts=clean_manifest.parts(),
+            rank=ranks - 1,
+            world=ranks,
+        )
+        wrong = {int(i) for batch in sampler.epoch(0) for i in batch} if ranks > 1 else set(range(CLIPS))
+        wrong = set(sorted(wrong)[: CLIPS // 5])
+        bad = [
+            replace(clip, audio="gone.mp4", video="gone.mp4") if i in wrong else clip for i, clip in enumerate(clean)
+        ]
+        Manifest.of(bad, folder).write(folder / f"bad-{ranks}.jsonl")
+    write_cache(model, processor, read_manifest(folder / "clean.jsonl"), folder / "features", num_workers=0)
+    for name in ("pure", *(f"bad-{ranks}" for ranks in (1, 2, 3))):
+        write_cache(model, processor, read_manifest(folder / f"{name}.jsonl"), folder / "features", num_workers=0)
+    return folder
+
+
+def settings(case: Case, corpus: Path) -> TrainConfig:
+    name = f"bad-{case.ranks}" if case.data == "bad" else case.data
+    data = DataConfig(
+        train=str(corpus / f"{name}.jsonl"),
+        eval=str(corpus / "pure.jsonl"),
+        num_workers=0,
+        cache=str(corpus / "features") if case.extra == "cache" else None,
+    )
+    optim = OptimConfig(
+        lr=1e-3,
+        warmup_steps=2,
+        ema=0.8 if case.extra == "ema" else None,
+        freeze=["text", "video.vision"] if case.extra == "frozen" else [],
+    )
+    return TrainConfig(
+        data=data,
+        optim=optim,
+        lora=LoraConfig(rank=2 if case.extra == "lora" else 0),
+        parallel=ParallelConfig(
+            strategy=case.strategy,
+            activation_checkpointing=case.extra == "recompute",
+            compile=case.extra == "compile",
+            timeout_minutes=1,
+        ),
+        checkpoint=str(corpus / "checkpoint"),
+        steps=STEPS,
+        batch_size=BATCH,
+        eval_batch_size=4,
+        log_every=1,
+        eval_every=4,
+        save_every=SAVE_EVERY,
+        micro_batch_size=1 if case.micro == "micro" else None,
+        accumulate=2 if case.extra == "accumulate" else 1,
+        max_bad_fraction=1.0,
+        device="cpu",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ranks
+
+
+def _rank(index: int, ranks: int, port: int, config: dict[str, Any], folder: str) -> None:
+    from pe_av.config_files import from_dict
+    from pe_av.training.contrastive import Contrastive
+    from pe_av.training.run import train
+
+    torch.set_num_threads(1)
+    if ranks > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"RANK": str(index), "WORLD_SIZE": str(ranks)}
+    with open(os.path.join(folder, f"output-{index}.txt"), "a") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    train(from_dict(TrainConfig, config, source="test"), Path(folder), Contrastive)
+
+
+class Ranks:
+    """The processes of one run."""
+
+    def __init__(self, ranks: int, config: TrainConfig, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["pe_av.training.contrastive", "pe_av.training.run", "test_matrix"])
+        self.processes = [
+            context.Process(target=_rank, args=(index, ranks, port, asdict(config), str(folder)))
+            for index in range(ranks)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def finish(self, seconds: float = 300) -> None:
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(deadline - time.monotonic(), 0))
+        codes = [process.exitcode for process in self.processes]
+        if codes != [0] * len(codes):
+            self.kill()
+            outputs = "\n".join(path.read_text()[-3000:] for path in sorted(self.folder.glob("output-*.txt")))
+            raise AssertionError(f"exit codes {codes}\n{outputs}")
+
+    def kill(self) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)
+        for process in self.processes:
+            process.join()
+
+
+def steps_logged(folder: Path) -> int:
+    history = folder / "history.jsonl"
+    return len(history.read_text().splitlines()) if history.exists() else 0
+
+
+def resumed_equals_uninterrupted(case: Case, corpus: Path, folder: Path, seed: int) -> None:
+    chance, config, ranks = random.Random(seed), settings(case, corpus), int(case.ranks)
+    Ranks(ranks, config, folder / "whole").finish()
+
+    run = Ranks(ranks, config, folder / "killed")
+    least = chance.randint(1, STEPS - 2)
+    while steps_logged(folder / "killed") < least and all(process.is_alive() for process in run.processes):
+        time.sleep(0.005)
+    time.sleep(chance.uniform(0, 0.2))
+    run.kill()
+    logged = steps_logged(folder / "killed")
+    state, _ = newest_whole(folder / "killed" / "state")
+    reached = 0 if state is None else read_progress(state)["step"]
+    # one interval, and what was done while the next state was being written
+    assert logged - reached < 2 * SAVE_EVERY, f"at step {logged}, whole is the state of {reached}"
+    Ranks(ranks, replace(config, resume="auto"), folder / "killed").finish()
+
+    ours, theirs = (load_file(folder / name / "checkpoint" / "model.safetensors") for name in ("killed", "whole"))
+    assert ours.keys() == theirs.keys()
+    different = [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
+    assert not different, f"{len(different)} tensors differ, as {different[:3]}"
+    before = load_file(corpus / "checkpoint" / "model.safetensors")
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in theirs.items())  # it learned at all
+    one, other = (json.loads((folder / name / "metrics.json").read_text()) for name in ("killed", "whole"))
+    assert one == other
+
+
+@pytest.mark.parametrize(("seed", "case"), list(enumerate(CASES)), ids=lambda value: str(value)[:80])
+def test_a_killed_run_of_any_kind_goes_on_to_the_bit(tmp_path: Path, corpus: Path, seed: int, case: Case):
+    resumed_equals_uninterrupted(case, corpus, tmp_path, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "case"), list(enumerate(COMPILED)), ids=lambda value: str(value)[:80])
+def test_a_killed_compiled_run_goes_on_to_the_bit(tmp_path: Path, corpus: Path, seed: int, case: Case):
+    resumed_equals_uninterrupted(case, corpus, tmp_path, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", list(product(("clean", "bad", "pure"), ("whole", "micro"))))
+def test_any_number_of_ranks_ends_with_the_same_weights(tmp_path: Path, corpus: Path, case: tuple[str, str]):
+    """Of the same clips, whichever of them are bad, and however the model is spread over the ranks."""
+    data, micro = case
+    found = {}
+    for ranks, strategy in (("1", "ddp"), ("2", "ddp"), ("3", "ddp"), ("2", "fsdp"), ("3", "fsdp")):
+        config = settings(Case(ranks, strategy, micro, "plain", data), corpus)
+        if data == "bad":
+            config.data.train = str(corpus / "bad-2.jsonl")
+        folder = tmp_path / f"{ranks}-{strategy}"
+        Ranks(int(ranks), config, folder).finish()
+        found[folder.name] = (
+            load_file(folder / "checkpoint" / "model.safetensors"),
+            json.loads((folder / "metrics.json").read_text()),
+        )
+        shutil.rmtree(folder)
+    weights, metrics = found.pop("1-ddp")
+    for name, (theirs, their_metrics) in found.items():
+        for key, tensor in weights.items():
+            torch.testing.assert_close(
+                theirs[key], tensor, rtol=1e-3, atol=2e-5, msg=lambda text: f"{name} {key}: {text}"
+            )
+        assert their_metrics["bad_items"] == metrics["bad_items"]
