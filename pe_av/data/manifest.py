@@ -251,17 +251,15 @@ def _opened(path: Path) -> Manifest:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pe_av"
     name = hashlib.blake2b(os.fsencode(os.path.realpath(path)), digest_size=8).hexdigest()
     places = [path.with_name(f".{path.name}.arrow"), cache / f"{path.name}.{name}.arrow"]
-    for place in places:
-        if (table := _mapped(place, stamp)) is not None:
-            return Manifest(table, path.parent, stored=(str(place.absolute()), stamp))
+    if (copy := _copy(path, places, stamp)) is not None:
+        return copy
     with path.open("rb") as file:
         # One process of a machine converts while the others wait. The lock is on the manifest itself, so that nothing
         # is left behind, and it ends with its process. Some network file systems have none: then each converts.
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
-        for place in places:  # by another process, while this one waited
-            if (table := _mapped(place, stamp)) is not None:
-                return Manifest(table, path.parent, stored=(str(place.absolute()), stamp))
+        if (copy := _copy(path, places, stamp)) is not None:  # made by another process, while this one waited
+            return copy
         start = list(islice(_batches(path), 2))
         if not start:
             raise ConfigError(f"{path}: holds no clips")
@@ -296,6 +294,14 @@ def _mapped(place: Path, stamp: bytes) -> pa.Table | None:
         return None
 
 
+def _copy(path: Path, places: Sequence[Path], stamp: bytes) -> Manifest | None:
+    """The manifest from the first of the places that has a copy of it."""
+    for place in places:
+        if (table := _mapped(place, stamp)) is not None:
+            return Manifest(table, path.parent, stored=(str(place.absolute()), stamp))
+    return None
+
+
 def _reopened(stored: tuple[str, bytes], folder: str, rows: np.ndarray | None) -> Manifest:
     """What a pickled manifest becomes in another process."""
     table = _mapped(Path(stored[0]), stored[1])
@@ -324,7 +330,7 @@ def _converted(path: Path, place: Path, stamp: bytes) -> Manifest:
         os.replace(unfinished, place)
     finally:
         Path(unfinished).unlink(missing_ok=True)
-    return Manifest(_mapped(place, stamp), path.parent, stored=(str(place.absolute()), stamp))
+    return _copy(path, [place], stamp)
 
 
 def _refuse_repeated(manifest: Manifest, path: Path) -> None:
