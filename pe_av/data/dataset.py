@@ -44,9 +44,7 @@ class ClipReader:
         self.processor, self.max_seconds = processor, max_seconds
 
     def __call__(self, clip: Clip) -> dict[str, Any]:
-        problems = clip.problem.split("; ") if clip.problem else []
-        absent = [problem for problem in problems if problem.endswith(" is empty")]
-        errors = [problem for problem in problems if problem not in absent]
+        errors, absent = ([told] if told else [] for told in (clip.problem, clip.lacks))
         item: dict[str, Any] = {"id": clip.id, "captions": {}}
         for kind, texts in clip.captions.items():
             absent += [f"the {CAPTION_COLUMNS[kind]} is empty" for text in texts if not text.strip()]
