@@ -580,17 +580,14 @@ def test_what_is_missing_of_a_clip_is_told_apart_from_what_is_broken(processor, 
     kept, told = found(tmp_path / "no.wav", both)
     assert kept == ["frames"] and told == {"error": f"{tmp_path}/no.wav: no such file"}
     # what the manifest left out
-    problem = "the caption is empty; the audio_caption is not UTF-8; the visual_caption is empty"
-    assert found(both, both, problem="the caption is empty")[1] == {"partial": "the caption is empty"}
-    assert found(silent, both, problem=problem)[1] == {
-        "error": "the audio_caption is not UTF-8",
-        "partial": f"the caption is empty; the visual_caption is empty; {no_sound}",
-    }
+    assert found(both, both, lacks="the caption is empty")[1] == {"partial": "the caption is empty"}
+    problem, lacks = "the audio_caption is not UTF-8", "the caption is empty; the visual_caption is empty"
+    assert found(silent, both, problem=problem, lacks=lacks)[1] == {"error": problem, "partial": f"{lacks}; {no_sound}"}
 
 
 def test_a_caption_without_words_is_missing(processor, clip):
     captions = {None: ["a dog", " "], "visual": ["\n"]}
-    item = ClipReader(processor, 30)(Clip("a", str(clip), str(clip), captions, problem="the caption is empty"))
+    item = ClipReader(processor, 30)(Clip("a", str(clip), str(clip), captions))
     assert item["captions"] == {None: ["a dog"]} and "error" not in item
     assert item["partial"] == "the caption is empty; the visual_caption is empty"
 
