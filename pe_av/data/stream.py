@@ -8,7 +8,8 @@ The shards are in the layout of webdataset: KEY.mp4, or KEY.wav and the like, wi
 Every epoch has its own order of shards, of which rank r of w takes each w-th; samples are shuffled in windows. One pass
 has no index, so a place in the stream is written down as (epoch, shard, sample), and the state of a `StreamLoader` is
 the place where reading goes on, with the places of the samples that were read before it and wait for their turn. Going
-on therefore reads again from the first of these: a window, and what lies before it in its shard.
+on therefore reads again from the first of these: a window (at an epoch's end up to two), and what lies before it in its
+shard.
 """
 
 import hashlib
@@ -42,7 +43,7 @@ FINAL = (
     ValueError,
 )  # waiting changes nothing
 BLOCK = 2**23  # bytes that are asked of a server at a time, where it gives parts of a file
-BUFFER = 2**18  # bytes that the tar reader takes at a time
+BUFFER = 2**18  # bytes that are taken from an open shard at a time
 
 Place = tuple[int, int, int]  # epoch, shard in the order of this rank and epoch, sample in the shard
 
@@ -371,7 +372,7 @@ def read_shard(url: str, skip: int = 0, stop: threading.Event | None = None) -> 
     Network errors are waited for. A shard that is not there or is torn gives what was whole, and then an error.
 
     Args:
-        stop: ends the waiting when another thread sets it.
+        stop: ends the reading, with a ConfigError, when another thread sets it.
     """
     from webdataset.tariterators import group_by_keys
 
@@ -413,7 +414,7 @@ def _files(url: str, stop: threading.Event, torn: list[str]) -> Iterator[dict[st
     """The files in a shard, as webdataset passes them on; `torn` gets the reason where it ends early."""
     source = _Source(url, stop)
     try:
-        with tarfile.open(fileobj=source, mode="r|*", bufsize=BUFFER, tarinfo=_Header) as tar:
+        with tarfile.open(fileobj=source, mode="r|*", tarinfo=_Header) as tar:
             for member in tar:
                 if member.isfile():
                     yield {"fname": member.name, "data": tar.extractfile(member).read(), "__url__": url}
@@ -444,18 +445,29 @@ class _Source:
         self.url, self.stop = url, stop
         self._at = 0
         self._file: Any = None
+        self._block, self._begin = b"", 0  # what was read at once, and how much of it was handed out
 
     def read(self, size: int) -> bytes:
-        """
+        """Some of the next bytes, `size` at most.
+
         Raises:
-            EOFError: there are no more bytes. A whole tar is known to end before its last.
+            EOFError: there are no more. A whole tar is known to end before its last.
             ConfigError: the URL cannot be used at all.
         """
+        if self._begin == len(self._block):
+            self._block, self._begin = self._read_block(), 0
+        part = self._block[self._begin : self._begin + size]
+        self._begin += len(part)
+        return part
+
+    def _read_block(self) -> bytes:
         for pause in (*PAUSES, None):
+            if self.stop.is_set():
+                raise ConfigError(f"{self.url}: not read any more, as the loader is closed")
             try:
                 if self._file is None:
                     self._file = _open(self.url, self._at)
-                data = self._file.read(size)
+                data = self._file.read(BUFFER)
                 if not data:
                     self._file.close()  # raises if a command has failed
             except Exception as error:  # each protocol has a library, and that its own errors
@@ -495,13 +507,21 @@ def _open(url: str, at: int) -> Any:
             filesystem, path = fsspec.core.url_to_fs(url)
         except ImportError as error:
             raise ConfigError(f"{url}: {_line(error)}") from None
-        file = filesystem.open(path, "rb", block_size=BLOCK)
-    if at:
-        try:
+        if "http" in filesystem.protocol:
+            import aiohttp
+
+            # one answer with all of it, since not every server gives parts; it may take as long as training on it does
+            how: dict[str, Any] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=60, sock_read=60)}
+            if at:
+                how["headers"] = filesystem.kwargs.get("headers", {}) | {"Range": f"bytes={at}-"}
+            file = filesystem.open(path, "rb", block_size=0, size=1, **how)  # any size: it is not asked for beforehand
+            at = 0 if file.r.status == 206 else at
+        else:
+            file = filesystem.open(path, "rb", block_size=BLOCK)
             file.seek(at)
-        except (AttributeError, ValueError):  # a command, or a server that gives no parts
-            while at and (passed := file.read(min(at, BLOCK))):
-                at -= len(passed)
+            at = 0
+    while at and (passed := file.read(min(at, BLOCK))):
+        at -= len(passed)
     return file
 
 
@@ -519,7 +539,7 @@ def _is_final(error: Exception) -> bool:
 
 
 def _line(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) or getattr(error, "status", None) == 404:
         return "no such shard"
     text = (str(error) or type(error).__name__).splitlines()[0]
     command = re.search(r"\): exit (-?\d+) \(read\)", text)  # webdataset's message shows its own arguments
