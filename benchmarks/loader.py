@@ -151,8 +151,9 @@ def memory(samples: int, workers: int) -> dict[str, object]:
 
 def wait(steps: int, workers: int) -> dict[str, float]:
     """The demo with clips decoded every time, and with clips kept in memory, as its preset does."""
-    from pe_av.config import DataConfig, DemoConfig, TrainConfig
     from pe_av.training.loop import Run
+
+    from pe_av.config import DataConfig, DemoConfig, TrainConfig
 
     found = {}
     for in_memory in (True, False):

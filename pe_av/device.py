@@ -19,10 +19,14 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def precision_context(precision: str, device: torch.device) -> AbstractContextManager:
-    """Autocast to bfloat16, or nothing. "auto" takes bfloat16 on a GPU that computes in it."""
+def computes_in_bf16(precision: str, device: torch.device) -> bool:
+    """Whether `precision_context` casts to bfloat16: if it is asked for, or for "auto" on a GPU that computes in it."""
     capable = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bf16" and not capable:
         raise ConfigError("precision=bf16: this GPU does not compute in bfloat16; use precision=fp32")
-    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda" and capable)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda" and capable)
+
+
+def precision_context(precision: str, device: torch.device) -> AbstractContextManager:
+    """Autocast to bfloat16, or nothing."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=computes_in_bf16(precision, device))

@@ -523,25 +523,30 @@ def test_a_corpus_of_trouble_is_used_as_far_as_it_can_be_read(processor, tmp_pat
     loader = Loader(
         clips, ClipReader(processor, 10.0), BatchSampler(len(clips), 8), Collate(processor), 2, time_limit=20.0
     )
-    bad = BadItems(tmp_path / "bad.jsonl", len(clips), 1.0)
+    bad = BadItems(tmp_path, len(clips), 1.0)
     has: dict[str, tuple[bool, bool]] = {}
     for batch in loader:
-        bad.add(batch["bad"])
-        if batch["inputs"] is not None:
-            flags = zip(batch["has_audio"].tolist(), batch["has_video"].tolist(), strict=True)
-            has |= dict(zip(batch["ids"], flags, strict=True))
-            assert batch["inputs"]["input_values"].isfinite().all()
+        bad.add(batch["read"], batch["bad"], batch["partial"])
+        flags = zip(batch["valid"]["audio"].tolist(), batch["valid"]["video"].tolist(), strict=True)
+        has |= dict(zip(batch["ids"], flags, strict=True))
+        assert batch["inputs"].get("input_values", torch.zeros(1)).isfinite().all()
     loader.close()
     assert {name: has.get(name, (False, False)) for name in expected} == expected
     assert all(has[f"good-{i}"] == (True, True) for i in range(40))
     assert has["empty"] == has["latin"] == has["long"] == (True, True)  # sound and picture pair without a caption
-    named = {
-        json.loads(line)["id"]: json.loads(line)["error"] for line in (tmp_path / "bad.jsonl").read_text().splitlines()
-    }
-    troubled = {name for name, parts in expected.items() if parts != (True, True)} | {"empty", "latin"}
-    assert named.keys() - {"scrambled"} == troubled
+    assert bad.seen == len(clips)
+    damaged, partial = (
+        {
+            row["id"]: row["error"]
+            for row in map(json.loads, (tmp_path / f"{name}_items.jsonl").read_text().splitlines())
+        }
+        for name in ("bad", "partial")
+    )
+    assert damaged.keys() - {"scrambled"} == {"zero.mp4", "no-media.mp4", "truncated.mp4", "missing.mp4", "latin"}
+    lacking = {name for name, parts in expected.items() if parts in ((True, False), (False, True))} | {"empty"}
+    assert partial.keys() == lacking
     for name in expected:
-        assert name not in named or name in named[name]
-    assert "has no audio track" in named["no-sound.mp4"] and "has no video track" in named["no-picture.m4a"]
-    assert named["latin"] == "the caption is not UTF-8"
+        assert all(name not in named or name in named[name] for named in (damaged, partial))
+    assert "has no audio track" in partial["no-sound.mp4"] and "has no video track" in partial["no-picture.m4a"]
+    assert damaged["latin"] == "the caption is not UTF-8" and partial["empty"] == "the caption is empty"
     assert not multiprocessing.active_children()

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from pe_av.config import HEADS
 from pe_av.data.dataset import Collate
+from pe_av.data.parts import EMPTY_PART, runs_of, split_batch, with_runs
 from pe_av.data.processor import Processor
 from pe_av.evaluation.embed import Embedder, embed_clips
 from pe_av.model.peav import PEAudioVideo
+from pe_av.training.microbatch import joined
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,60 @@ def test_one_modality_alone_is_enough(model: PEAudioVideo):
         found = model.embed(tokens(batch))
         assert set(found) == {"text_audio", "text_video", "text_audio_video"}
         assert torch.equal(found["text_video"], model.get_text_video_embeds(**tokens(batch)))
+
+
+def test_clips_that_lack_something_are_embedded_as_they_are_alone(model: PEAudioVideo):
+    """Sound and caption, picture and caption, sound and picture, everything; whole and in parts of two."""
+    processor, generator = Processor(model.config, make_tokenizer()), torch.Generator().manual_seed(0)
+    hop, size = model.config.audio.codec.hop_length, model.config.video.vision.image_size
+    items = [{"id": str(i), "captions": {None: ["a dog"]} if i != 2 else {}} for i in range(4)]
+    for i in (0, 2, 3):
+        items[i]["waveform"] = torch.randn((3 + i) * hop, generator=generator)
+    for i in (1, 2, 3):
+        items[i]["frames"] = torch.randint(0, 256, (2 + i, 3, size, size), generator=generator).byte()
+    whole = Collate(processor)(items)
+    expected = [Collate(processor)([item]) for item in items]
+    for parts in (split_batch(whole, None), split_batch(whole, 2)):
+        with torch.inference_mode():
+            embedded = [model.embed(part["inputs"], part["texts"], part["rows"], part["size"]) for part in parts]
+            found = joined(embedded, [part["size"] for part in parts])
+            for row, batch in enumerate(expected):
+                alone = model.embed(batch["inputs"], batch["texts"])
+                assert set(alone) == {name for name in HEADS if whole["valid"][name][row]}
+                for name, value in alone.items():
+                    torch.testing.assert_close(found[name][row], value[0], rtol=1e-4, atol=1e-5)
+    assert set(found) == set(HEADS)
+
+
+def test_a_rank_without_clips_runs_what_others_run(model: PEAudioVideo):
+    """Its parameters get the same gradients as another rank's, all zero, so that both can be averaged."""
+    batch = random_batch(small_config())
+    texts = {None: {name: batch.pop(name) for name in tokens(batch)}}
+    rows = dict.fromkeys(("audio", "video", "audio_video", "text"), torch.arange(3))
+    part = {"inputs": batch, "texts": texts, "rows": rows, "size": 3}
+
+    def gradients(part: dict) -> dict[str, Tensor]:
+        model.zero_grad()
+        embeds = Embedder(model)(with_runs(part, sorted(runs_of(part_of_others)), model.config))
+        sum(value.square().sum() for value in embeds.values()).backward()
+        assert all(len(value) == part["size"] for value in embeds.values()) and set(embeds) == set(HEADS)
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    part_of_others = part
+    full, nothing = gradients(part), gradients(EMPTY_PART)
+    only_sound = gradients(
+        {
+            "inputs": {n: batch[n] for n in ("input_values", "padding_mask")},
+            "texts": {},
+            "rows": {"audio": rows["audio"]},
+            "size": 3,
+        }
+    )
+    assert full.keys() == nothing.keys() == only_sound.keys() and len(full) > 100
+    assert not any(gradient.any() for gradient in nothing.values())
+    assert all(gradient.isfinite().all() for gradient in only_sound.values())
+    assert not any(g.any() for name, g in only_sound.items() if name.startswith(("video.", "text.", "fusion.")))
+    model.zero_grad()
 
 
 def test_every_caption_of_a_set_is_embedded_once(model: PEAudioVideo):

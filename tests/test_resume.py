@@ -148,7 +148,6 @@ def test_torchrun_goes_on_when_a_rank_is_lost(tmp_path: Path, world: list[str], 
         (["resume=nowhere"], "nowhere: no checksums.json there, so this is no checkpoint of a run"),
         (["best=R@2"], "best=R@2 is no figure of the evaluation; did you mean R@1?"),
         (["parallel.shard_bf16=true", "precision=fp32"], "parallel.shard_bf16 gathers weights in bfloat16 and needs"),
-        (["loss.pairings=[{name:x,left:audio,right:text_audio,caption:visual,logits:audio_text}]"], "none of x can be"),
         (["parallel.strategy=tensor"], "parallel.strategy=tensor is unknown"),
         (["optim.freeze=[vidio]"], "optim.freeze: the model has no part vidio"),
         (["wandb_project=x"], "wandb_project=x needs Weights & Biases: pip install wandb"),
@@ -156,7 +155,7 @@ def test_torchrun_goes_on_when_a_rank_is_lost(tmp_path: Path, world: list[str], 
 )
 def test_a_mistake_costs_one_line(tmp_path: Path, world: list[str], overrides: list[str], message: str):
     process = start(tmp_path, *world, *overrides)
-    _, errors = process.communicate(timeout=100)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 1 and message in errors and "Traceback" not in errors
 
 

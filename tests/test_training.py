@@ -149,6 +149,17 @@ def test_unreadable_clips_are_listed_and_skipped(trained: Path, tmp_path: Path):
     assert done.returncode != 0 and "max_bad_fraction=0.02" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_pairings_that_no_clips_allow_cost_one_line(trained: Path, tmp_path: Path):
+    demo = trained.parent / "demo" / next(os.walk(trained.parent / "demo"))[1][0]
+    clips = [json.loads(line) for line in (demo / "train.jsonl").read_text().splitlines()]
+    lines = [{"audio": str(demo / clip["path"]), "caption": clip["caption"]} for clip in clips]
+    (tmp_path / "sound.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = ["data=manifest", *(f"data.{part}={tmp_path}/sound.jsonl" for part in ("train", "eval"))]
+    done = run("train.py", *data, "loss.pairings=[{name:video_text,left:video,right:text_video}]")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "none of video_text can be trained: the clips have audio and captions" in done.stderr
+
+
 def test_bad_items_are_counted_once_each(tmp_path: Path):
     bad = BadItems(tmp_path, total=20, max_fraction=0.05)
     for _ in range(3):

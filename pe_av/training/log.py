@@ -1,7 +1,6 @@
 """What a run tells of itself as it goes on: the history, `history.jsonl`, TensorBoard, Weights & Biases, one line."""
 
 import json
-import math
 import resource
 import time
 from collections.abc import Iterator, Mapping
@@ -83,8 +82,8 @@ class Window:
     def means(self) -> dict[str, float]:
         """Of every figure over the steps that have it; what none has is not there. The only copy to the host."""
         keys = dict.fromkeys(key for row in self.rows for key in row)
-        means = [torch.stack([row[key] for row in self.rows if key in row]).float().nanmean() for key in keys]
-        return {k: v for k, v in zip(keys, torch.stack(means).tolist(), strict=True) if not math.isnan(v)}
+        means = [torch.stack([row[key] for row in self.rows if key in row]).float().mean() for key in keys]
+        return dict(zip(keys, torch.stack(means).tolist(), strict=True))
 
     def speed(self) -> dict[str, float]:
         seconds = time.perf_counter() - self.started

@@ -35,7 +35,7 @@ from ..checkpoint import CheckpointError, save_weights
 from ..config import FIXED_ON_RESUME, ConfigError, RunConfig, nearest
 from ..data.dataset import BadItems
 from ..data.processor import Processor
-from ..device import pick_device, precision_context
+from ..device import computes_in_bf16, pick_device, precision_context
 from ..evaluation.report import plot_losses, write_metrics
 from ..ranks import of_all_ranks, of_rank_0, process_group, rank, world_size
 from .checkpoints import Checkpointer, check_space, damage, load, named_states, newest_whole, ranks_of, read_progress
@@ -146,7 +146,7 @@ class Run:
         self.config, self.device, self.folder = config, device, of_rank_0(folder)
         self.console = Console(stderr=True, quiet=rank() > 0)
         self.autocast = precision_context(config.precision, device)
-        if config.parallel.shard_bf16 and not self.autocast.enabled:
+        if config.parallel.shard_bf16 and not computes_in_bf16(config.precision, device):
             raise ConfigError("parallel.shard_bf16 gathers weights in bfloat16 and needs precision=bf16 to use them")
         self.folder.mkdir(parents=True, exist_ok=True)
         state = self._state_to_resume()
