@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # this checkout, installe
 from pe_av.data.manifest import Clip  # noqa: E402
 from pe_av.data.stream import StreamLoader, read_shard  # noqa: E402
 
-SHARDS, BATCH = 8, 50
+SHARDS, BATCH = 8, 20
 
 
 def look(clip: Clip) -> dict:
@@ -34,12 +34,14 @@ def together(items: list[dict], picks: list[int]) -> dict:
     return {"items": items, "bad": [item for item in items if "error" in item]}
 
 
-def load(urls: list[str], samples: int) -> Iterable[dict]:
+def batches_of(urls: list[str]) -> Iterator[dict]:
     loader = StreamLoader(urls, look, together, BATCH, num_workers=2, time_limit=60, shuffle_window=100)
-    for batch in islice(loader, samples // BATCH):
-        assert not batch["bad"], batch["bad"][0]
-        yield from batch["items"]
-    loader.close()
+    try:
+        for batch in loader:
+            assert not batch["bad"], batch["bad"][0]
+            yield batch
+    finally:
+        loader.close()
 
 
 def seconds(ways: dict[str, Callable[[], Iterable]], samples: int) -> dict[str, float]:
@@ -55,7 +57,7 @@ def seconds(ways: dict[str, Callable[[], Iterable]], samples: int) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--samples", type=int, default=1600, help="divides by 400")
+    parser.add_argument("--samples", type=int, default=1600, help="divides by 40")
     parser.add_argument("--kb", type=int, default=200, help="size of a sample's file")
     arguments = parser.parse_args()
     samples = arguments.samples
@@ -78,12 +80,16 @@ def main() -> None:
                 ("http", f"http://127.0.0.1:{port}/%d.tar"),
             ):
                 urls = [place % shard for shard in range(SHARDS)]
+                batches = batches_of(urls)  # without end: its workers start in the first pass
                 ways = {
                     "webdataset": functools.partial(WebDataset, urls, shardshuffle=False),
                     "read_shard": lambda urls=urls: chain.from_iterable(map(read_shard, urls)),
-                    "StreamLoader": functools.partial(load, urls, samples),
+                    "StreamLoader": lambda b=batches: chain.from_iterable(
+                        x["items"] for x in islice(b, samples // BATCH)
+                    ),
                 }
                 taken = seconds(ways, samples)
+                batches.close()
                 for way, time_taken in taken.items():
                     speed, share = samples / time_taken, taken["webdataset"] / time_taken
                     mb = speed * arguments.kb / 1000

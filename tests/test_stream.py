@@ -157,7 +157,7 @@ def s3(folder, monkeypatch) -> Iterator:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
     fsspec.get_filesystem_class("s3").clear_instance_cache()  # those of servers that are gone
     filesystem = fsspec.filesystem("s3")
-    filesystem.mkdir("corpus")
+    filesystem.makedirs("corpus", exist_ok=True)  # the server's memory outlives it
     for path in folder.glob("*.tar"):
         filesystem.put_file(str(path), f"corpus/train/{path.name}")
     yield filesystem
