@@ -33,6 +33,7 @@ from ..checkpoint import load_model
 from ..config import ConfigError, DataConfig
 from ..device import pick_device
 from ..model.peav import PEAudioVideo
+from ..ranks import of_rank_0, rank
 from .dataset import ClipReader
 from .loader import read_all
 from .manifest import Clip, Manifest, read_manifest
@@ -119,7 +120,8 @@ class FeatureCache:
         if made_by is None:
             raise ConfigError(f"{folder}: no features there; python -m pe_av.data.cache computes them")
         self.parts = [part for part in PARTS if part in made_by]
-        now = fingerprint(model, self.parts, max_seconds)
+        # the weights that count are rank 0's; others may not have them yet
+        now = of_rank_0(fingerprint(model, self.parts, max_seconds) if rank() == 0 else None)
         for name, value in made_by.items():
             if now[name] != value:
                 what = "clips of another length" if name == "max_seconds" else f"another {name} config or other weights"

@@ -17,7 +17,6 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..checkpoint import build_model, load_model
 from ..config import ConfigError, FrameTrainConfig
 from ..config_files import run_command
 from ..data.dataset import load_into_memory
@@ -26,13 +25,13 @@ from ..data.frame_demo import prepare_frame_demo
 from ..data.loader import BatchSampler, Loader
 from ..data.parts import to_device
 from ..data.processor import Processor
-from ..data.tokenizer import train_tokenizer
 from ..evaluation.localization import localization_metrics
 from ..model.frame import PEAudioFrame
 from ..ranks import of_all_ranks, rank, world_size
 from .optim import freeze
+from .parallel import share_weights
 from .run import Evaluation, train
-from .setup import calibrate
+from .setup import calibrate, start_model, tokenizer_of_rank_0
 
 FIGURES = ("AP", "F1", "best F1", "IoU", "loss")
 
@@ -215,6 +214,7 @@ class FrameLevel:
                 return self.model.audio.encode(waveform.to(self.device))[0].cpu()
 
             title = f"reading the {'training' if training else 'evaluation'} recordings"
+            share_weights(self.model.audio.codec, self.device)
             encoder = None if self.model.config.audio.codec.trainable else encode
             items, read, workers = load_into_memory(clips, read, workers, encoder, title, config.time_limit), dict, 0
         size = config.batch_size if training else config.eval_batch_size
@@ -224,18 +224,18 @@ class FrameLevel:
 
     def _model(self, clips: Sequence[FrameClip], console: Console) -> tuple[PEAudioFrame, Processor]:
         config, device = self.config, self.device
+        model = start_model(config, device)
+        if not isinstance(model, PEAudioFrame):
+            raise ConfigError(f"{config.checkpoint} is no PEAudioFrame: convert or train one")
         if config.checkpoint is not None:
-            model = load_model(config.checkpoint, device)
-            if not isinstance(model, PEAudioFrame):
-                raise ConfigError(f"{config.checkpoint} is no PEAudioFrame: convert or train one")
-            return model.float().train(), Processor.from_pretrained(config.checkpoint)
-        model: PEAudioFrame = build_model(config.model, device)
-        tokenizer = train_tokenizer((clip.caption for clip in clips), config.model.text.vocab_size)
+            return model, Processor.from_pretrained(config.checkpoint)
+        tokenizer = tokenizer_of_rank_0(lambda: (c.caption for c in clips), config.model.text.vocab_size)
         processor = Processor(config.model, tokenizer)
-        read = FrameReader(processor, config.max_seconds)
-        waveforms = (item["waveform"] for item in map(read, clips) if "waveform" in item)
-        calibrate(model.audio.codec, waveforms, config.model.audio.codec.sampling_rate, device)
-        return model.train(), processor
+        if rank() == 0 and not config.model.audio.codec.trainable:
+            read = FrameReader(processor, config.max_seconds)
+            waveforms = (item["waveform"] for item in map(read, clips) if "waveform" in item)
+            calibrate(model.audio.codec, waveforms, config.model.audio.codec.sampling_rate, device)
+        return model, processor
 
     def _draw(self, scores: Sequence[Tensor], targets: Sequence[Tensor], path: Path) -> None:
         figure = Figure(figsize=(9, 6), layout="constrained")

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -18,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from ..config import ConfigError, ParallelConfig
-from ..ranks import world_size
+from ..ranks import rank, world_size
 
 
 def parallelize(model: nn.Module, embedder: nn.Module, config: ParallelConfig, device: torch.device) -> nn.Module:
@@ -28,7 +29,8 @@ def parallelize(model: nn.Module, embedder: nn.Module, config: ParallelConfig, d
         model: `PEAudioVideo` or `PEAudioFrame`, on the device.
         embedder: calls the model; what is trained runs inside its forward, but for the logit scales and biases.
     Returns:
-        the embedder, possibly inside DDP; its parameters are those of the model.
+        the embedder, possibly inside DDP; its parameters are those of the model. Their values are rank 0's: under FSDP
+        the other ranks may come with a model on the meta device.
     """
     if config.compile:
         # one compiled block serves every length; the few variants left are: with and without mask, with and without
@@ -43,6 +45,7 @@ def parallelize(model: nn.Module, embedder: nn.Module, config: ParallelConfig, d
         return embedder
     outside = set(model.logits.parameters())
     if config.strategy == "fsdp":
+        whole = {name: value.cpu().clone() for name, value in model.state_dict().items()} if rank() == 0 else {}
         mesh = _mesh(config, device)
         # inputs stay as they are: rotary angles in bfloat16 would be other positions; autocast casts what may be cast
         policy = MixedPrecisionPolicy(
@@ -55,6 +58,10 @@ def parallelize(model: nn.Module, embedder: nn.Module, config: ParallelConfig, d
         # resharded after the forward too, so that between two calls every parameter is a shard: the average of the
         # weights and the saved state are made of shards
         fully_shard(embedder, mesh=mesh, mp_policy=policy, ignored_params=outside, reshard_after_forward=True)
+        if rank():
+            embedder.to_empty(device=device)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(model, whole, options=options)
         return embedder
     ignored = [name for name, parameter in embedder.named_parameters() if parameter in outside]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(embedder, ignored)
@@ -64,6 +71,16 @@ def parallelize(model: nn.Module, embedder: nn.Module, config: ParallelConfig, d
         find_unused_parameters=True,  # batches without sound, say, leave the parameters of its tower alone
         gradient_as_bucket_view=True,
     )
+
+
+def share_weights(module: nn.Module, device: torch.device) -> None:
+    """Rank 0's weights of a part that every rank needs before the model is spread over them."""
+    if world_size() == 1:
+        return
+    if any(parameter.is_meta for parameter in module.parameters()):
+        module.to_empty(device=device)
+    for tensor in module.state_dict().values():
+        dist.broadcast(tensor, src=0)
 
 
 def _mesh(config: ParallelConfig, device: torch.device) -> DeviceMesh:

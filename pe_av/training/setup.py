@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..checkpoint import build_model, load_model
-from ..config import ConfigError, DataConfig, TrainConfig
+from ..checkpoint import CONFIG_FILE, Model, build_model, load_model
+from ..config import ConfigError, DataConfig, RunConfig, TrainConfig
+from ..config_files import read_model_config
 from ..conversion.warm_start import warm_start
 from ..data.cache import reader_for
 from ..data.dataset import ClipReader, Collate, load_into_memory, open_manifest
@@ -21,7 +24,8 @@ from ..data.stream import SampleReader, StreamLoader, first_samples
 from ..data.tokenizer import read_tokenizer, train_tokenizer
 from ..model.codec import CodecEncoder
 from ..model.peav import PEAudioVideo
-from ..ranks import rank, world_size
+from ..ranks import of_rank_0, rank, world_size
+from .parallel import share_weights
 
 SAMPLES = 1000  # of a stream of shards, from which its tokenizer is trained
 CALIBRATION_CLIPS = 12  # of which a random codec hears the first second
@@ -44,20 +48,20 @@ def prepare_model(
     config: TrainConfig, clips: Manifest | MixedManifest, device: torch.device, console: Console
 ) -> tuple[PEAudioVideo, Processor]:
     """From the checkpoint, or with random weights, warm starts, and a tokenizer made from the captions."""
+    model = start_model(config, device)
+    if not isinstance(model, PEAudioVideo):
+        raise ConfigError(f"{config.checkpoint} is a PEAudioFrame: python -m pe_av.training.frame trains it")
     if config.checkpoint is not None:
-        model = load_model(config.checkpoint, device)
-        if not isinstance(model, PEAudioVideo):
-            raise ConfigError(f"{config.checkpoint} is a PEAudioFrame: python -m pe_av.training.frame trains it")
-        return model.float().train(), Processor.from_pretrained(config.checkpoint)
-    model = build_model(config.model, device).train()
-    for line in warm_start(model, config.init):
-        console.print(line, soft_wrap=True)
+        return model, Processor.from_pretrained(config.checkpoint)
+    if rank() == 0:
+        for line in warm_start(model, config.init):
+            console.print(line, soft_wrap=True)
     if config.init.text is not None:
         tokenizer = read_tokenizer(config.init.text)
     else:
-        tokenizer = train_tokenizer(clips.texts(), config.model.text.vocab_size)
+        tokenizer = tokenizer_of_rank_0(clips.texts, config.model.text.vocab_size)
     processor = Processor(config.model, tokenizer)
-    if not config.model.audio.codec.trainable and config.init.codec is None:
+    if rank() == 0 and not config.model.audio.codec.trainable and config.init.codec is None:
         read: Callable[[Any], dict[str, Any]] = ClipReader(processor, config.data.max_seconds)
         items = map(read, clips)
         if config.data.shards is not None:
@@ -65,6 +69,22 @@ def prepare_model(
         waveforms = (item["waveform"] for item in items if "waveform" in item)
         calibrate(model.audio.codec, waveforms, config.model.audio.codec.sampling_rate, device)
     return model, processor
+
+
+def start_model(config: RunConfig, device: torch.device) -> Model:
+    """The model of `checkpoint`, or a new one. The weights that count are rank 0's, which `parallel.parallelize` gives
+    to the others; under FSDP these have no memory for them until then."""
+    place = "meta" if rank() and config.parallel.strategy == "fsdp" else device
+    if config.checkpoint is None:
+        return build_model(config.model, place).train()
+    if place == "meta":
+        return build_model(read_model_config(Path(config.checkpoint) / CONFIG_FILE), place).train()
+    return load_model(config.checkpoint, place).float().train()
+
+
+def tokenizer_of_rank_0(texts: Callable[[], Iterable[str]], vocab_size: int) -> Tokenizer:
+    """A tokenizer made from the texts; reading millions of them is the work of one rank."""
+    return Tokenizer.from_str(of_rank_0(train_tokenizer(texts(), vocab_size).to_str() if rank() == 0 else None))
 
 
 def calibrate(codec: CodecEncoder, waveforms: Iterable[Tensor], rate: int, device: torch.device) -> None:
@@ -106,6 +126,7 @@ def prepare_loaders(
             return model.audio.encode(waveform.to(device))[0].cpu()
 
         encode = None if model.config.audio.codec.trainable else codec_features
+        share_weights(model.audio.codec, device)
         items = load_into_memory(clips, read, data.num_workers, encode, f"reading the {title} clips", data.time_limit)
         return Loader(items, dict, sampler, together, pin_memory=pinned)
 
