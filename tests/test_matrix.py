@@ -33,8 +33,8 @@ from pe_av.data.manifest import Clip, Manifest, read_manifest
 from pe_av.data.processor import Processor
 from pe_av.training.checkpoints import newest_whole, read_progress
 
-BATCH, STEPS, SAVE_EVERY = 6, 8, 2
-CLIPS = 30
+BATCH, STEPS, SAVE_EVERY = 6, 6, 2
+CLIPS = 24
 
 OPTIONS: dict[str, tuple[str, ...]] = {
     "ranks": ("1", "2", "3"),
@@ -112,6 +112,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for clip, (a, v, c) in zip(clean, (kept[i * 4 // CLIPS] for i in range(CLIPS)), strict=True)
     ]
     Manifest.of(pure, folder).write(folder / "pure.jsonl")
+    Manifest.of(pure[::2], folder).write(folder / "eval.jsonl")
     for ranks in (1, 2, 3):
         # a fifth of the clips, all at the last rank, so that its batches are bad as a whole
         sampler = BatchSampler(
@@ -139,7 +140,7 @@ def settings(case: Case, corpus: Path) -> TrainConfig:
     name = f"bad-{case.ranks}" if case.data == "bad" else case.data
     data = DataConfig(
         train=str(corpus / f"{name}.jsonl"),
-        eval=str(corpus / "pure.jsonl"),
+        eval=str(corpus / "eval.jsonl"),
         num_workers=0,
         cache=str(corpus / "features") if case.extra == "cache" else None,
     )
@@ -164,7 +165,7 @@ def settings(case: Case, corpus: Path) -> TrainConfig:
         batch_size=BATCH,
         eval_batch_size=4,
         log_every=1,
-        eval_every=4,
+        eval_every=STEPS,
         save_every=SAVE_EVERY,
         micro_batch_size=1 if case.micro == "micro" else None,
         accumulate=2 if case.extra == "accumulate" else 1,
@@ -179,9 +180,9 @@ def settings(case: Case, corpus: Path) -> TrainConfig:
 
 def _rank(index: int, ranks: int, port: int, config: dict[str, Any], folder: str) -> None:
     from pe_av.config_files import from_dict
-    from pe_av.training.contrastive import Contrastive
-    from pe_av.training.run import train
+    from pe_av.training import contrastive, run
 
+    contrastive.plot_similarity = run.plot_losses = lambda *_: None  # pictures take longer than all the steps
     torch.set_num_threads(1)
     if ranks > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -189,7 +190,7 @@ def _rank(index: int, ranks: int, port: int, config: dict[str, Any], folder: str
     with open(os.path.join(folder, f"output-{index}.txt"), "a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    train(from_dict(TrainConfig, config, source="test"), Path(folder), Contrastive)
+    run.train(from_dict(TrainConfig, config, source="test"), Path(folder), contrastive.Contrastive)
 
 
 class Ranks:
@@ -202,7 +203,7 @@ class Ranks:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["pe_av.training.contrastive", "pe_av.training.run", "test_matrix"])
+        context.set_forkserver_preload(["pe_av.training.contrastive", "matplotlib.backends.backend_agg", "test_matrix"])
         self.processes = [
             context.Process(target=_rank, args=(index, ranks, port, asdict(config), str(folder)))
             for index in range(ranks)

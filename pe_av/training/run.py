@@ -295,7 +295,7 @@ class Run:
         config, rows = self.config, {}
         set_learning_rate(self.optimizer, config.optim, self.step, config.steps)
         self.optimizer.zero_grad(set_to_none=True)
-        with _counting() if self.clip_flops is None else nullcontext() as flops:
+        with _counting(config.parallel.compile) if self.clip_flops is None else nullcontext() as flops:
             for number, batch in enumerate(batches, start=1):
 
                 def loss_of(embeds: dict[str, Tensor], batch: _Batch = batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -513,7 +513,9 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @contextmanager
-def _counting() -> Iterator[FlopCounterMode]:
+def _counting(compiled: bool) -> Iterator[FlopCounterMode]:
     """Count operations, of compiled blocks too: inside they run as they are written."""
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as flops:
+    # the compiler takes seconds to import, which a run without it need not wait for
+    stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    with stance, FlopCounterMode(display=False) as flops:
         yield flops
