@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, product
 from pathlib import Path
@@ -26,7 +27,17 @@ from test_data import write_clip
 from test_processor import make_tokenizer
 
 from pe_av.checkpoint import build_model, save_model
-from pe_av.config import DataConfig, LoraConfig, OptimConfig, ParallelConfig, TrainConfig
+from pe_av.config import (
+    DataConfig,
+    EvalConfig,
+    FrameConfig,
+    FrameTrainConfig,
+    LoraConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+from pe_av.config_files import from_dict
 from pe_av.data.cache import write_cache
 from pe_av.data.loader import BatchSampler
 from pe_av.data.manifest import Clip, Manifest, read_manifest
@@ -178,11 +189,30 @@ def settings(case: Case, corpus: Path) -> TrainConfig:
 # ranks
 
 
-def _rank(index: int, ranks: int, port: int, config: dict[str, Any], folder: str) -> None:
-    from pe_av.config_files import from_dict
+def _train(config: dict[str, Any], folder: Path) -> None:
     from pe_av.training import contrastive, run
 
     contrastive.plot_similarity = run.plot_losses = lambda *_: None  # pictures take longer than all the steps
+    run.train(from_dict(TrainConfig, config, source="test"), folder, contrastive.Contrastive)
+
+
+def _train_frames(config: dict[str, Any], folder: Path) -> None:
+    from pe_av.training import frame, run
+
+    frame.FrameLevel._draw = run.plot_losses = lambda *_: None
+    run.train(from_dict(FrameTrainConfig, config, source="test"), folder, frame.FrameLevel)
+
+
+def _evaluate(config: dict[str, Any], folder: Path) -> None:
+    from pe_av.evaluation import retrieval
+
+    retrieval.plot_similarity = lambda *_: None
+    retrieval.evaluate_checkpoint(from_dict(EvalConfig, config, source="test"), folder)
+
+
+def _rank(
+    index: int, ranks: int, port: int, do: Callable[[dict[str, Any], Path], None], config: dict[str, Any], folder: str
+) -> None:
     torch.set_num_threads(1)
     if ranks > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -190,13 +220,13 @@ def _rank(index: int, ranks: int, port: int, config: dict[str, Any], folder: str
     with open(os.path.join(folder, f"output-{index}.txt"), "a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    run.train(from_dict(TrainConfig, config, source="test"), Path(folder), contrastive.Contrastive)
+    do(config, Path(folder))
 
 
 class Ranks:
-    """The processes of one run."""
+    """The processes of one run; they write into `folder/output-<rank>.txt`."""
 
-    def __init__(self, ranks: int, config: TrainConfig, folder: Path):
+    def __init__(self, ranks: int, config: Any, folder: Path, do: Callable[[dict[str, Any], Path], None] = _train):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         with socket.socket() as free:
@@ -205,7 +235,7 @@ class Ranks:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["pe_av.training.contrastive", "matplotlib.backends.backend_agg", "test_matrix"])
         self.processes = [
-            context.Process(target=_rank, args=(index, ranks, port, asdict(config), str(folder)))
+            context.Process(target=_rank, args=(index, ranks, port, do, asdict(config), str(folder)))
             for index in range(ranks)
         ]
         for process in self.processes:
@@ -294,3 +324,71 @@ def test_any_number_of_ranks_ends_with_the_same_weights(tmp_path: Path, corpus: 
         for key, tensor in weights.items():
             assert torch.allclose(theirs[key], tensor, rtol=1e-3, atol=2e-5), f"{name}: {key}"
         assert their_metrics["bad_items"] == metrics["bad_items"]
+
+
+def test_four_ranks_in_two_replicas_of_two_shards_end_with_the_same_weights(tmp_path: Path, corpus: Path):
+    case = Case("1", "fsdp", "micro", "ema", "pure")
+    config = settings(case, corpus)
+    found = []
+    for ranks, shard_size in ((1, None), (4, 2)):
+        parallel = replace(config.parallel, shard_size=shard_size)
+        Ranks(ranks, replace(config, parallel=parallel), tmp_path / str(ranks)).finish()
+        found.append(load_file(tmp_path / str(ranks) / "checkpoint" / "model.safetensors"))
+    for name, tensor in found[0].items():
+        assert torch.allclose(found[1][name], tensor, rtol=1e-3, atol=2e-5), name
+
+
+@pytest.mark.parametrize("name", ["pure", "bad-2"])
+def test_evaluation_gives_the_same_to_the_bit_on_any_number_of_ranks(tmp_path: Path, corpus: Path, name: str):
+    """Batches of three, so that some rank has nothing left; in one of the sets, whole batches that cannot be read."""
+    data = DataConfig(eval=str(corpus / f"{name}.jsonl"), num_workers=0)
+    config = EvalConfig(str(corpus / "checkpoint"), data, batch_size=3, device="cpu", max_bad_fraction=1.0)
+    found = []
+    for ranks in (1, 2, 3):
+        Ranks(ranks, config, tmp_path / str(ranks), _evaluate).finish()
+        found.append(json.loads((tmp_path / str(ranks) / "metrics.json").read_text()))
+    assert found[0] == found[1] == found[2] and "text->audio" in found[0]
+    assert found[0]["bad_items"] == (CLIPS // 5 if name == "bad-2" else 0)
+
+
+def test_frame_level_training_is_the_same_on_any_number_of_ranks_and_goes_on(tmp_path: Path, corpus: Path):
+    """One recording in seven is damaged; micro-batches of two; the loss is that of the whole batch."""
+    lines = [
+        {
+            "path": f"files/{i}.mp4" if i % 7 else "gone.wav",
+            "caption": f"a dog {'barks ' * (i % 3)}",
+            "spans": [[0, 0.1]],
+        }
+        for i in range(CLIPS)
+    ]
+    (corpus / "frames.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    small = small_config()
+    model = build_model(FrameConfig(text=small.text, audio=small.audio, output_dim=small.output_dim))
+    save_model(model, corpus / "frame_checkpoint")
+    Processor(model.config, make_tokenizer()).save_pretrained(corpus / "frame_checkpoint")
+    config = FrameTrainConfig(
+        train=str(corpus / "frames.jsonl"),
+        eval=str(corpus / "frames.jsonl"),
+        checkpoint=str(corpus / "frame_checkpoint"),
+        optim=OptimConfig(lr=1e-3, warmup_steps=2),
+        steps=4,
+        batch_size=6,
+        eval_batch_size=4,
+        eval_every=4,
+        save_every=2,
+        log_every=1,
+        micro_batch_size=2,
+        num_workers=0,
+        max_bad_fraction=1.0,
+        device="cpu",
+    )
+    found = {}
+    for ranks, strategy in ((1, "ddp"), (2, "ddp"), (3, "fsdp")):
+        folder, parallel = tmp_path / f"{ranks}-{strategy}", ParallelConfig(strategy=strategy)
+        Ranks(ranks, replace(config, steps=2, parallel=parallel), folder, _train_frames).finish()
+        Ranks(ranks, replace(config, resume="auto", parallel=parallel), folder, _train_frames).finish()
+        rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [1, 2, 3, 4]
+        found[ranks] = [[row["loss"], row["gradient_norm"], row["bias"]] for row in rows]
+    for ranks in (2, 3):
+        torch.testing.assert_close(torch.tensor(found[ranks]), torch.tensor(found[1]), rtol=1e-4, atol=1e-5)
