@@ -63,7 +63,11 @@ def backward(
             with gradients_stay_local(embedder, not last or index < last_of_all):
                 embeds = embedder(to_device(part, device))
                 wanted = [name for name in embeds if whole[name].grad is not None]
-                gradients = [whole[name].grad[start : start + size] for name in wanted]
+                # of a part without rows there is nothing to say, whatever shape its embeddings have
+                gradients = [
+                    whole[name].grad[start : start + size] if size else torch.zeros_like(embeds[name])
+                    for name in wanted
+                ]
                 torch.autograd.backward([embeds[name] for name in wanted], gradients)
         start += size
     _set_random_state(after)
@@ -75,15 +79,19 @@ def _computes(part: dict[str, Any]) -> bool:
 
 
 def joined(embedded: Sequence[dict[str, Tensor]], sizes: Sequence[int]) -> dict[str, Tensor]:
-    """Embeddings of consecutive rows, one after the other; zeros where a name is missing."""
+    """Embeddings of consecutive rows, one after the other; zeros where a name is missing. Without any rows at all, those
+    of one part, which have none."""
     like = {name: value for embeds in embedded for name, value in embeds.items()}
+    like |= {
+        name: value for embeds, size in zip(embedded, sizes, strict=True) if size for name, value in embeds.items()
+    }
+
+    def rows_of(name: str, embeds: dict[str, Tensor], size: int) -> Tensor:
+        return embeds[name] if name in embeds else like[name].new_zeros(size, *like[name].shape[1:])
+
+    with_rows = [(embeds, size) for embeds, size in zip(embedded, sizes, strict=True) if size]
     return {
-        name: torch.cat(
-            [
-                embeds[name] if name in embeds else value.new_zeros(size, *value.shape[1:])
-                for embeds, size in zip(embedded, sizes, strict=True)
-            ]
-        )
+        name: torch.cat([rows_of(name, embeds, size) for embeds, size in with_rows]) if with_rows else value
         for name, value in like.items()
     }
 
