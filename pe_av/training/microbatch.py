@@ -79,8 +79,8 @@ def _computes(part: dict[str, Any]) -> bool:
 
 
 def joined(embedded: Sequence[dict[str, Tensor]], sizes: Sequence[int]) -> dict[str, Tensor]:
-    """Embeddings of consecutive rows, one after the other; zeros where a name is missing. Without any rows at all, those
-    of one part, which have none."""
+    """Embeddings of consecutive rows, one after the other; zeros where a name is missing. Without any rows at all,
+    those of one part, which have none."""
     like = {name: value for embeds in embedded for name, value in embeds.items()}
     like |= {
         name: value for embeds, size in zip(embedded, sizes, strict=True) if size for name, value in embeds.items()
