@@ -197,7 +197,7 @@ def test_what_a_kill_left_half_written_is_no_checkpoint(tmp_path: Path):
     (tmp_path / "step-00000007.part").mkdir()
     (tmp_path / "step-00000007.part" / "__0_0.distcp").write_bytes(b"half")
     assert newest_whole(tmp_path) == (None, [])
-    Checkpointer(tmp_path, keep=1)
+    Checkpointer(tmp_path, keep=1).clean()
     assert list(tmp_path.iterdir()) == []
 
 

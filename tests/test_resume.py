@@ -301,6 +301,15 @@ def test_biases_start_where_other_pairs_are_as_rare_as_in_a_batch(tmp_path: Path
     training.task.close()
 
 
+def test_two_runs_do_not_share_a_folder(tmp_path: Path, world: list[str]):
+    first, second = (run(tmp_path, [*world, "steps=1"]) for _ in range(2))
+    lock = first._locked()
+    with pytest.raises(ConfigError, match="another process trains there"):
+        second.train()
+    os.close(lock)
+    second.train()
+
+
 def test_settings_that_a_state_fixes_are_refused_and_others_hold_from_there_on(tmp_path: Path, world: list[str]):
     run(tmp_path, [*world, "steps=2", "optim.ema=0.5"]).train()
     for changed, told in (

@@ -47,9 +47,12 @@ class Checkpointer:
         self._pending: Future | None = None
         # writing is collective, and must not meet the training's own messages
         self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def clean(self) -> None:
+        """Remove what an earlier process left half written."""
         if rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            for torn in folder.glob("*.part"):
+            for torn in self.folder.glob("*.part"):
                 shutil.rmtree(torn)
         if self._group is not None:
             dist.barrier(self._group)

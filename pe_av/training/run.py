@@ -10,13 +10,14 @@ bad_items.jsonl, partial_items.jsonl        items that are damaged, and items th
 skipped.jsonl                               steps that could not be taken
 """
 
+import fcntl
 import json
 import os
 import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -135,19 +136,20 @@ class _Batch(NamedTuple):
 class Run:
     """One training run, from its config to its folder. Every rank has one; that of rank 0 writes and speaks."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        folder: Path,
-        device: torch.device,
-        make_task: Callable[[Any, torch.device, Console], Task],
-    ):
+    def __init__(self, config: RunConfig, folder: Path, device: torch.device, make_task: type[Task]):
+        """
+        Args:
+            make_task: is given the config, the device and a console.
+        """
         self.started = self.saved_at = time.monotonic()
         self.config, self.device, self.folder = config, device, of_rank_0(folder)
         self.console = Console(stderr=True, quiet=rank() > 0)
         self.autocast = precision_context(config.precision, device)
         if config.parallel.shard_bf16 and not computes_in_bf16(config.precision, device):
             raise ConfigError("parallel.shard_bf16 gathers weights in bfloat16 and needs precision=bf16 to use them")
+        if config.best is not None and config.best not in make_task.figures:
+            near = nearest(config.best, make_task.figures)
+            raise ConfigError(f"best={config.best} is no figure of the evaluation{near}")
         self.folder.mkdir(parents=True, exist_ok=True)
         state = self._state_to_resume()
         random.seed(config.seed)
@@ -155,10 +157,6 @@ class Run:
 
         self.task = make_task(config, device, self.console)
         model = self.model = self.task.model
-        if config.best is not None and config.best not in self.task.figures:
-            raise ConfigError(
-                f"best={config.best} is no figure of the evaluation{nearest(config.best, self.task.figures)}"
-            )
         # the model's section is the model's own: with `checkpoint=` it came from there
         self.settings = asdict(config) | {"model": asdict(model.config)}
         progress = None if state is None else self._checked_progress(state)
@@ -211,6 +209,12 @@ class Run:
             CheckpointError: a state could not be written.
         """
         config, metrics = self.config, {}
+        if self.step >= config.steps:
+            self.console.print(f"all of steps={config.steps} have been taken: set more to go on", soft_wrap=True)
+            self.task.close()
+            return metrics
+        lock = self._locked()
+        self.checkpointer.clean()
         before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         self.model.train()
         profile = Profile(self.folder / "profile", self.device) if config.profile and rank() == 0 else None
@@ -250,6 +254,7 @@ class Run:
             for number, handler in before.items():
                 signal.signal(number, handler)
             self.task.close()
+            os.close(lock)
         self.console.print(f"written to {self.folder}")
         if rank() == 0:
             self.task.show(metrics)
@@ -423,6 +428,26 @@ class Run:
             save_weights(self.model.config, merged_state_dict(self.model, whole), self.folder / name)
             self.task.processor.save_pretrained(self.folder / name)
 
+    def _locked(self) -> int:
+        """A descriptor of the run's folder; until it is closed, by whatever end of this process, no other run trains
+        there.
+
+        Raises:
+            ConfigError: one does already.
+        """
+        descriptor, problem = os.open(self.folder, os.O_RDONLY), None
+        if rank() == 0:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                problem = f"{self.folder}: another process trains there; wait for it, or use another hydra.run.dir"
+            except OSError:
+                pass  # a file system without locks
+        if problem := of_rank_0(problem):
+            os.close(descriptor)
+            raise ConfigError(problem)
+        return descriptor
+
     def _state_to_resume(self) -> Path | None:
         """The state that `resume` names; "auto": the newest whole one, if there is any. Checked by rank 0 alone."""
         states, resume = self.folder / "state", self.config.resume
@@ -488,7 +513,7 @@ class Run:
         return Progress(*columns, console=self.console, disable=not self.console.is_terminal)
 
 
-def train(config: RunConfig, folder: Path, make_task: Callable[[Any, torch.device, Console], Task]) -> None:
+def train(config: RunConfig, folder: Path, make_task: type[Task]) -> None:
     """A whole run on this rank, as a command: what ends it early costs one line and has its exit code."""
     try:
         with process_group(pick_device(config.device), config.parallel.timeout_minutes) as device:
