@@ -27,13 +27,15 @@ def process_group(device: torch.device, timeout_minutes: float) -> Iterator[torc
     unset = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if unset:
         raise ConfigError(
-            f"{', '.join(unset)} not set: start with torchrun, which sets what ranks need to find each other"
+            f"{', '.join(unset)} not set: start with torchrun, which sets what ranks need to find each other, "
+            "or as docs/slurm.md does"
         )
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():
             raise ConfigError(
-                f"rank {local} of this machine has no GPU: it has {torch.cuda.device_count()}, lower --nproc"
+                f"rank {local} of this machine has no GPU: this process sees {torch.cuda.device_count()}; start no more "
+                "ranks than GPUs, and under Slurm ask for --gpus-per-node, not --gpus-per-task"
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
