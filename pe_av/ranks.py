@@ -34,8 +34,8 @@ def process_group(device: torch.device, timeout_minutes: float) -> Iterator[torc
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():
             raise ConfigError(
-                f"rank {local} of this machine has no GPU: this process sees {torch.cuda.device_count()}; start no more "
-                "ranks than GPUs, and under Slurm ask for --gpus-per-node, not --gpus-per-task"
+                f"rank {local} of this machine has no GPU: this process sees {torch.cuda.device_count()}; start no "
+                "more ranks than GPUs, and under Slurm ask for --gpus-per-node, not --gpus-per-task"
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
