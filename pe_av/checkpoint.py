@@ -113,6 +113,8 @@ def open_weights(path: Path, device: str | torch.device = "cpu"):
 
 
 def _hint(path: Path) -> str:
+    if (path / "checkpoint" / CONFIG_FILE).is_file():
+        return f"; it is the folder of a run, whose model is {path / 'checkpoint'}"
     published = (path / "config.json").is_file()
     return "; config.json is a published format's: python convert.py source=… target=… makes one" if published else ""
 

@@ -540,7 +540,7 @@ class TrainConfig(RunConfig):
     init: InitConfig = field(default_factory=InitConfig)  # instead of `checkpoint`: single towers from elsewhere
     lora: LoraConfig = field(default_factory=LoraConfig)
     watch: str | None = None  # manifest of other clips, evaluated too: what is forgotten on the way
-    best: str | None = "R@1"  # "R@1" (mean of all directions) | "<direction> R@1", e.g. "text->audio R@1" | "loss"
+    best: str | None = "R@1"  # R@1 (mean of all directions) | R@1/<direction>, e.g. "R@1/text->audio" | held_out_loss
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -580,7 +580,7 @@ class FrameTrainConfig(RunConfig):
     batch_size: int = 32
     eval_every: int = 100
     save_every: int = 100
-    best: str | None = "AP"  # of the figures in metrics.json
+    best: str | None = "AP"  # AP | F1 | "best F1" | IoU | held_out_loss
 
     def __post_init__(self) -> None:
         super().__post_init__()

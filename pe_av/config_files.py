@@ -5,6 +5,7 @@ torch.
 """
 
 import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
@@ -142,6 +143,8 @@ def run_command(schema: type, config_name: str, run: Callable[[Any, Path], objec
     except ValueError as error:  # a ConfigError, or a value that YAML reads as an impossible date
         sys.exit(f"error: {error}")
     sys.argv[1:] = _with_named_sections(schema, sys.argv[1:])
+    if os.environ.get("RANK", "0") != "0" and not any(one.startswith("hydra.run.dir=") for one in sys.argv):
+        sys.argv.append("hydra.run.dir=.")  # rank 0's folder is that of all; another second would name another one
     main()
 
 
@@ -164,9 +167,13 @@ def _with_named_sections(schema: type, arguments: Sequence[str]) -> list[str]:
     kept, named = [], {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
+        key = key.lstrip("+")
         mapping = _mapping_above(schema, key) if equals else None
         if mapping is None:
             kept.append(argument)
+            continue
+        if mapping == key:  # all of it at once
+            kept.append(f"++{key}={value}")
             continue
         *path, last = key.removeprefix(f"{mapping}.").split(".")
         inner = named.setdefault(mapping, {})
@@ -177,9 +184,9 @@ def _with_named_sections(schema: type, arguments: Sequence[str]) -> list[str]:
 
 
 def _mapping_above(schema: type, key: str) -> str | None:
-    """The part of a dotted key that is a mapping from names to values, if the rest names something in it."""
+    """The part of a dotted key, or all of it, that is a mapping from names to values."""
     parts = key.split(".")
-    for count, part in enumerate(parts[:-1], start=1):
+    for count, part in enumerate(parts, start=1):
         types = get_type_hints(schema) if is_dataclass(schema) else {}
         if part not in types:
             return None

@@ -174,6 +174,7 @@ def test_going_on_in_the_middle_touches_no_clip_before_it():
     given = Counted(clips(*[f"ok:{i}" for i in range(1000)]))
     loader = Loader(given, read, BatchSampler(1000, 10, shuffle=True), together)
     loader.load_state_dict(loader.state_dict() | {"batch": 98})
+    given.asked.clear()  # of some of them the name was asked for
     assert sum(len(batch["ids"]) for batch in loader) == len(given.asked) == 20
 
 
@@ -478,6 +479,12 @@ def test_batches_bear_their_number():
 
 def test_the_state_of_another_stream_is_refused():
     state = make().state_dict()
+    with pytest.raises(
+        ConfigError, match="the clips have other names, or another order; use the manifest that the run"
+    ):
+        make().load_state_dict(state | {"names": "others"})
+    with pytest.raises(ConfigError, match="the checksum of the clips' lengths, and of what they have, was"):
+        make().load_state_dict(state | {"sorting": "others"})
     with pytest.raises(ConfigError, match="the number of clips was 103, now 104"):
         make(size=104).load_state_dict(state)
     with pytest.raises(ConfigError, match="the seed was 4, now 3"):

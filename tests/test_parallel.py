@@ -197,8 +197,25 @@ def test_what_a_kill_left_half_written_is_no_checkpoint(tmp_path: Path):
     (tmp_path / "step-00000007.part").mkdir()
     (tmp_path / "step-00000007.part" / "__0_0.distcp").write_bytes(b"half")
     assert newest_whole(tmp_path) == (None, [])
-    Checkpointer(tmp_path, keep=1).clean()
-    assert list(tmp_path.iterdir()) == []
+    assert Checkpointer(tmp_path, keep=1).begin(0) == [] == list(tmp_path.iterdir())
+
+
+def test_states_after_the_one_that_a_run_goes_on_from_are_set_aside(tmp_path: Path):
+    """Damaged, or of a course that is left; else the next state would be older than they, and go first."""
+    trainer, checkpointer = Trainer(ParallelConfig()), Checkpointer(tmp_path, keep=1, milestone_every=2)
+    for step in (2, 4, 6):
+        checkpointer.save(step, trainer.model, trainer.optimizer, trainer.average, {"step": step})
+    checkpointer.wait()
+    (tmp_path / "step-00000006-copy").mkdir()  # a user's, which is nobody else's business
+    again = Checkpointer(tmp_path, keep=1)
+    assert [path.name for path in again.begin(2)] == ["step-00000004.abandoned", "step-00000006.abandoned"]
+    again.save(3, trainer.model, trainer.optimizer, trainer.average, {"step": 3})
+    again.wait()
+    assert newest_whole(tmp_path) == (tmp_path / "step-00000003", [])
+    assert (tmp_path / "step-00000006-copy").exists() and (tmp_path / "step-00000006.abandoned").exists()
+    for content in (b"{", b"\xff", b"[1]"):
+        (tmp_path / "step-00000003" / "checksums.json").write_bytes(content)
+        assert damage(tmp_path / "step-00000003") == "checksums.json is damaged"
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):

@@ -168,8 +168,17 @@ def test_bad_items_are_counted_once_each(tmp_path: Path):
         bad.add(5, [{"id": "b", "error": "torn"}])
     assert len((tmp_path / "bad_items.jsonl").read_text().splitlines()) == 2
     assert len((tmp_path / "partial_items.jsonl").read_text().splitlines()) == 9
-    again = BadItems(tmp_path, total=20, max_fraction=0.05)  # of the run that goes on
-    assert set(again.reasons["bad"]) == {"a", "b"}
+    state = bad.state_dict()
+    assert state == {"seen": 20, "bad": 2, "partial": 9}
+    with (tmp_path / "bad_items.jsonl").open("a") as file:
+        file.write('{"id": "c", "er')  # torn, and of after the state
+    again = BadItems(tmp_path, total=20, max_fraction=0.5, state=state)
+    again.add(0, [{"id": "d", "error": "torn"}])
+    again = BadItems(tmp_path, total=20, max_fraction=0.5, state=again.state_dict())
+    assert list(again.reasons["bad"]) == ["a", "b", "d"] and again.seen == 20
+    # what a run without a state finds there is of another one
+    assert BadItems(tmp_path, total=20, max_fraction=0.5).reasons == {"bad": {}, "partial": {}}
+    assert not (tmp_path / "bad_items.jsonl").exists()
 
 
 def test_the_limit_is_on_what_was_read_and_not_on_what_there_is(tmp_path: Path):

@@ -6,7 +6,8 @@ left, the item is used; in any case its reason travels through the batch's "bad"
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -237,19 +238,35 @@ class BadItems:
     With several ranks all of them count the items of all, so that all stop at once; rank 0 writes the lists.
     """
 
-    def __init__(self, folder: Path, total: int, max_fraction: float, writes: bool = True):
+    def __init__(
+        self,
+        folder: Path,
+        total: int,
+        max_fraction: float,
+        writes: bool = True,
+        state: Mapping[str, int] | None = None,
+    ):
         """
         Args:
             folder: of `bad_items.jsonl` and `partial_items.jsonl`, lists of {"id", "error"}.
             total: items that there are.
             max_fraction: of the items seen, above which `add` raises.
             writes: whether this process writes the lists.
+            state: `state_dict()` of the run that goes on, to which the lists are cut back; None: they begin anew.
         """
         self.total, self.max_fraction, self.writes = total, max_fraction, writes
-        self.seen = 0  # items read so far, each once
+        state = {"seen": 0, "bad": 0, "partial": 0} if state is None else state
+        self.seen = state["seen"]  # items read so far
         self.files = {name: folder / f"{name}_items.jsonl" for name in ("bad", "partial")}
-        # a run that goes on does not list anything twice
-        self.reasons = {name: _reasons(path) for name, path in self.files.items()}
+        self.reasons = {name: _reasons(path, state[name]) for name, path in self.files.items()}
+        if writes:
+            for name, path in self.files.items():
+                if path.exists():
+                    _write_reasons(path, self.reasons[name])
+
+    def state_dict(self) -> dict[str, int]:
+        """How much was seen, and how long the lists are."""
+        return {"seen": self.seen} | {name: len(reasons) for name, reasons in self.reasons.items()}
 
     def add(self, read: int, bad: Iterable[dict[str, Any]] = (), partial: Iterable[dict[str, Any]] = ()) -> None:
         """
@@ -283,9 +300,26 @@ class BadItems:
 FEWEST_JUDGED = 200  # items that `max_bad_fraction` is a fraction of, at least, if there are as many
 
 
-def _reasons(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        return {}
-    # a kill may have torn the last line
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    return {row["id"]: row["error"] for row in map(json.loads, lines)}
+def _reasons(path: Path, count: int) -> dict[str, str]:
+    """The first `count` items of a list; a line that is torn, as on a full disk, is none."""
+    reasons: dict[str, str] = {}
+    if count and path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+                reasons[row["id"]] = row["error"]
+            except (ValueError, TypeError, KeyError):
+                continue
+            if len(reasons) == count:
+                break
+    return reasons
+
+
+def _write_reasons(path: Path, reasons: Mapping[str, str]) -> None:
+    if not reasons:
+        path.unlink()
+        return
+    unfinished = path.with_name(f"{path.name}.tmp")
+    lines = (json.dumps({"id": key, "error": error}) + "\n" for key, error in reasons.items())
+    unfinished.write_text("".join(lines), encoding="utf-8")
+    os.replace(unfinished, path)

@@ -9,6 +9,7 @@ unseen. Here each worker has a pipe of its own, so that its death is told at onc
 """
 
 import atexit
+import hashlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -40,6 +41,7 @@ TOKENS_PER_SECOND = 25  # positions that the model has for a second of sound
 WINDOW = 64  # batches' worth of clips that are sorted by length at a time: large enough for little padding, small
 # enough that lengths mix over an epoch
 AHEAD = 2  # batches that are decoded while the model works on one
+NAMES = 1000  # clips whose names tell one set of clips from another
 
 
 class BatchSampler:
@@ -145,7 +147,15 @@ class BatchSampler:
             "rows": self.batch_size if self.max_tokens is None else None,
             "tokens": self.max_tokens,
             "sets": [[name, size, sets.weights[name]] for name, size in sets.sizes.items()] if self.mixed else None,
+            "sorting": self._sorting() if self.shuffle else None,
         }
+
+    def _sorting(self) -> str:
+        """A checksum of what the clips are sorted by."""
+        digest = hashlib.sha256()
+        for values in (self.tokens, self.parts):
+            digest.update(b"none" if values is None else values.tobytes())
+        return digest.hexdigest()[:16]
 
     def _chance(self, number: int, clips: np.ndarray, batch: int) -> np.ndarray:
         """(N,) uint64 random bits, which depend on neither a clip's neighbours nor the ranks: a hash (splitmix64)."""
@@ -272,6 +282,7 @@ class Loader:
         self.crop_seconds = crop_seconds
         self.epoch, self.position = 0, 0  # whole batches of this epoch that were handed out
         self._pool: Pool | None = None
+        self._names_sum: str | None = None
 
     def __len__(self) -> int:
         """Batches of this rank per epoch; a token budget makes the whole plan to count them."""
@@ -285,7 +296,8 @@ class Loader:
         self.epoch, self.position = epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "batch": self.position} | self.sampler.state_dict()
+        place = {"epoch": self.epoch, "batch": self.position, "names": self._names()}
+        return place | self.sampler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
@@ -296,7 +308,21 @@ class Loader:
             if state.get(key) != now:
                 was, now, what = (state.get(key), now, STREAM[key]) if key != "sets" else _differing(state, now)
                 raise ConfigError(f"cannot go on where the data stopped: the {what} was {was}, now {now}")
+        if state.get("names") != self._names():
+            raise ConfigError(
+                "cannot go on where the data stopped: the clips have other names, or another order; use the manifest "
+                "that the run began with, or start a new run from its model: checkpoint=…"
+            )
         self.epoch, self.position = state["epoch"], state["batch"]
+
+    def _names(self) -> str:
+        """A checksum of some of the clips' names, evenly from the first to the last."""
+        if self._names_sum is None:
+            some = np.linspace(0, len(self.clips) - 1, min(len(self.clips), NAMES)).astype(int)
+            clips = (self.clips[int(i)] for i in some)
+            told = "\n".join(clip["id"] if isinstance(clip, dict) else clip.id for clip in clips)
+            self._names_sum = hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        return self._names_sum
 
     def close(self) -> None:
         """End the workers, within seconds."""
@@ -351,6 +377,7 @@ STREAM = {
     "seed": "seed",
     "rows": "rows of a batch over all ranks",
     "tokens": "tokens of a batch over all ranks",
+    "sorting": "checksum of the clips' lengths, and of what they have,",
 }
 
 

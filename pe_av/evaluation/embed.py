@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from ..checkpoint import load_model
+from ..config import ConfigError
 from ..data.parts import EMPTY_PART, runs_of, split_batch, to_device, with_runs
 from ..data.processor import Processor
 from ..model.peav import PEAudioVideo
@@ -228,8 +229,13 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(f"usage: {main.__doc__}")
     checkpoint, output, *paths = arguments
     try:
-        failed = embed_files(load_model(checkpoint), Processor.from_pretrained(checkpoint), paths, output)
-    except ValueError as error:
+        if not Path(output).parent.is_dir():
+            raise ConfigError(f"{output}: there is no such folder; make it first")
+        model = load_model(checkpoint)
+        if not isinstance(model, PEAudioVideo):
+            raise ConfigError(f"{checkpoint} is a PEAudioFrame, which has no embedding of a whole file")
+        failed = embed_files(model, Processor.from_pretrained(checkpoint), paths, output)
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     for path, reason in failed.items():
         print(f"left out {path}: {reason}", file=sys.stderr)

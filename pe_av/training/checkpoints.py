@@ -10,9 +10,11 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +41,38 @@ class Checkpointer:
     Args:
         keep: the newest this many stay.
         milestone_every: states of steps that are a multiple of this stay, too.
+        timeout_minutes: a rank that the others wait for longer than this, in writing, is lost.
     """
 
-    def __init__(self, folder: Path, keep: int, milestone_every: int | None = None):
+    def __init__(self, folder: Path, keep: int, milestone_every: int | None = None, timeout_minutes: float = 10.0):
         self.folder, self.keep, self.milestone_every = folder, keep, milestone_every
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         # writing is collective, and must not meet the training's own messages
-        self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
+        timeout = timedelta(minutes=timeout_minutes)
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if world_size() > 1 else None
         folder.mkdir(parents=True, exist_ok=True)
 
-    def clean(self) -> None:
-        """Remove what an earlier process left half written."""
+    def begin(self, step: int) -> list[Path]:
+        """Remove what an earlier process left half written, and set aside the states after `step`, from which this run
+        goes on: they are damaged, or of a course that it leaves. Else they would be the newest.
+
+        Returns:
+            what was set aside, under its new name.
+        """
+        aside = []
         if rank() == 0:
             for torn in self.folder.glob("*.part"):
                 shutil.rmtree(torn)
+            for later in named_states(self.folder):
+                if _step_of(later) > step:
+                    place = later.with_suffix(".abandoned")
+                    if place.exists():
+                        shutil.rmtree(place)
+                    aside.append(later.rename(place))
         if self._group is not None:
             dist.barrier(self._group)
+        return aside
 
     def save(
         self,
@@ -117,17 +134,22 @@ class Checkpointer:
         everyone = self._of_all(sums)
         if rank() == 0:
             whole = {name: checksum for part in everyone for name, checksum in part.items()}
-            _write_text(unfinished / CHECKSUMS, json.dumps(whole, indent=1))
-            if final.exists():  # saved at the same step before
-                shutil.rmtree(final)
-            unfinished.rename(final)
-            _to_disk(self.folder)
-            self._remove_old()
-        self._of_all(None)
+            try:
+                _write_text(unfinished / CHECKSUMS, json.dumps(whole, indent=1))
+                if final.exists():  # saved at the same step before
+                    shutil.rmtree(final)
+                unfinished.rename(final)
+                _to_disk(self.folder)
+                self._remove_old()
+            except OSError as error:
+                failed = error
+        failed = next((theirs for theirs in self._of_all(None if failed is None else str(failed)) if theirs), None)
+        if failed is not None:
+            raise self._cannot_write(unfinished, failed)
 
     def _remove_old(self) -> None:
         for old in named_states(self.folder)[: -self.keep]:
-            if self.milestone_every is None or int(old.name.removeprefix("step-")) % self.milestone_every:
+            if self.milestone_every is None or _step_of(old) % self.milestone_every:
                 # renamed first: a kill on the way leaves nothing that looks like a state
                 torn = old.rename(old.with_suffix(".part"))
                 shutil.rmtree(torn)
@@ -218,7 +240,11 @@ def _state(model: nn.Module, optimizer: Optimizer, average: AveragedWeights | No
 
 def named_states(folder: Path) -> list[Path]:
     """The states in `folder`, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.suffix != ".part")
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
@@ -235,8 +261,12 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
 def damage(path: Path) -> str | None:
     """What is wrong with a state, or None."""
     if not (path / CHECKSUMS).is_file():
-        return f"no {CHECKSUMS} there, so this is no checkpoint of a run"
-    sums = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
+        hint = "; its states are in state/step-*" if (path / "state").is_dir() else ""
+        return f"no {CHECKSUMS} there, so this is no checkpoint of a run{hint}"
+    try:
+        sums = dict(json.loads((path / CHECKSUMS).read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        return f"{CHECKSUMS} is damaged"
     for name, expected in sums.items():
         if not (path / name).is_file():
             return f"{name} is missing"

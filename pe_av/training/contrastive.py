@@ -30,15 +30,15 @@ from .setup import prepare_loaders, prepare_model, training_clips, watch_loader
 class Contrastive:
     """The `run.Task` of `python train.py`."""
 
-    figures = ["R@1", "loss", *(f"R@1/{direction}" for direction in DIRECTIONS)]
-    falling = ["loss"]
+    figures = ["R@1", "held_out_loss", *(f"R@1/{direction}" for direction in DIRECTIONS)]
+    falling = ["held_out_loss"]
 
-    def __init__(self, config: TrainConfig, device: torch.device, console: Console):
+    def __init__(self, config: TrainConfig, device: torch.device, console: Console, tokenizer: str | None):
         self.config, self.device, self.console = config, device, console
         train_clips, eval_clips = training_clips(config.data), open_manifest(config.data, "eval")
         self.items = len(eval_clips) + (sys.maxsize if config.data.shards is not None else len(train_clips))
         self.pairings = trainable_pairings(config.loss.weighted(), train_clips, console)
-        self.model, self.processor = prepare_model(config, train_clips, device, console)
+        self.model, self.processor = prepare_model(config, train_clips, device, console, tokenizer)
         self.train_loader, self.eval_loader = prepare_loaders(
             config, self.model, self.processor, device, train_clips, eval_clips
         )
@@ -100,7 +100,7 @@ class Contrastive:
         figures |= {"R@1": sum(recalls.values()) / len(recalls)} if recalls else {}
         line = "R@1 in percent: " + "  ".join(f"{name} {value:.1f}" for name, value in list(recalls.items())[:6])
         if losses:
-            metrics["loss"], figures["loss"] = losses, losses["total"]
+            metrics["loss"], figures["held_out_loss"] = losses, losses["total"]
             line += f"  held-out loss {losses['total']:.2f}"
         watched = self._watched(embedder)
         if watched:
@@ -147,6 +147,7 @@ class Contrastive:
             }
             for row in [*history, {"step": step, **watched}]
         ]
+        rows = [row for row in rows if row["R@1"]]  # a run may begin to watch when it goes on
         if rank() == 0:
             write_metrics(folder / "watch.json", {"evaluations": rows})
         first, now = rows[0]["R@1"], rows[-1]["R@1"]
@@ -206,7 +207,7 @@ def trainable_pairings(pairings: Sequence[Pairing], clips: Manifest, console: Co
     """Those of which the clips have both sides at least twice; what is left out is said once.
 
     Raises:
-        ConfigError: none is left.
+        ConfigError: none with a weight is left.
     """
     parts, kinds = clips.parts(), clips.kinds()
     media = {"audio": parts & 4 > 0, "video": parts & 2 > 0}
@@ -219,11 +220,11 @@ def trainable_pairings(pairings: Sequence[Pairing], clips: Manifest, console: Co
             if "text" in HEADS[side]:
                 rows &= _told(side, pairing.caption, kinds)
         (kept if rows.sum() >= 2 else left_out).append(pairing)
-    if not kept:
+    if not any(pairing.weight for pairing in kept):
         has = [name for name, flags in (media | {"captions": parts & 1 > 0}).items() if flags.any()]
         raise ConfigError(
-            f"loss: none of {', '.join(p.name for p in pairings)} can be trained: the clips have {' and '.join(has)}, "
-            "and no two clips both sides of one; give such clips, or other pairings"
+            f"loss: none of {', '.join(p.name for p in pairings if p.weight)} can be trained: the clips have "
+            f"{' and '.join(has)}, and no two clips both sides of one; give such clips, or other pairings or weights"
         )
     if left_out:
         names = ", ".join(pairing.name for pairing in left_out)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -33,7 +34,7 @@ from .parallel import share_weights
 from .run import Evaluation, train
 from .setup import calibrate, start_model, tokenizer_of_rank_0
 
-FIGURES = ("AP", "F1", "best F1", "IoU", "loss")
+FIGURES = ("AP", "F1", "best F1", "IoU")
 
 
 def frame_loss(
@@ -87,10 +88,10 @@ class FrameEmbedder(nn.Module):
 class FrameLevel:
     """The `run.Task` of `python -m pe_av.training.frame`."""
 
-    figures = list(FIGURES)
-    falling = ["loss"]
+    figures = [*FIGURES, "held_out_loss"]
+    falling = ["held_out_loss"]
 
-    def __init__(self, config: FrameTrainConfig, device: torch.device, console: Console):
+    def __init__(self, config: FrameTrainConfig, device: torch.device, console: Console, tokenizer: str | None):
         self.config, self.device = config, device
         demo = config.train is None
         manifests = prepare_frame_demo(config.demo) if demo else (Path(config.train), Path(config.eval))
@@ -98,7 +99,7 @@ class FrameLevel:
         self.items = sum(map(len, clips))
         if len(clips[0]) < config.batch_size:
             raise ConfigError(f"{len(clips[0])} recordings do not fill batch_size={config.batch_size}: lower it")
-        self.model, self.processor = self._model(clips[0], console)
+        self.model, self.processor = self._model(clips[0], tokenizer)
         freeze(self.model, config.optim.freeze)
         self.embedder = FrameEmbedder(self.model)
         self.train_loader, self.eval_loader = (
@@ -187,7 +188,7 @@ class FrameLevel:
         if rank() == 0:
             self._draw(scores, targets, folder / "spans.png")
         bad, partial = (sum((batch[name] for batch in batches), []) for name in ("bad", "partial"))
-        figures = {name: metrics[name] for name in FIGURES}
+        figures = {name: metrics[name] for name in FIGURES} | {"held_out_loss": metrics["loss"]}
         line = "  ".join(f"{name} {value:.3g}" for name, value in metrics.items())
         return Evaluation(metrics, figures, line, sum(batch["read"] for batch in batches), bad, partial)
 
@@ -222,15 +223,18 @@ class FrameLevel:
         collate = FrameCollate(self.processor, self.model.seconds_per_frame)
         return Loader(items, read, sampler, collate, workers, config.time_limit, self.device.type == "cuda")
 
-    def _model(self, clips: Sequence[FrameClip], console: Console) -> tuple[PEAudioFrame, Processor]:
+    def _model(self, clips: Sequence[FrameClip], tokenizer: str | None) -> tuple[PEAudioFrame, Processor]:
         config, device = self.config, self.device
         model = start_model(config, device)
         if not isinstance(model, PEAudioFrame):
             raise ConfigError(f"{config.checkpoint} is no PEAudioFrame: convert or train one")
         if config.checkpoint is not None:
             return model, Processor.from_pretrained(config.checkpoint)
-        tokenizer = tokenizer_of_rank_0(lambda: (c.caption for c in clips), config.model.text.vocab_size)
-        processor = Processor(config.model, tokenizer)
+        if tokenizer is not None:
+            words = Tokenizer.from_str(tokenizer)
+        else:
+            words = tokenizer_of_rank_0(lambda: (c.caption for c in clips), config.model.text.vocab_size)
+        processor = Processor(config.model, words)
         if rank() == 0 and not config.model.audio.codec.trainable:
             read = FrameReader(processor, config.max_seconds)
             waveforms = (item["waveform"] for item in map(read, clips) if "waveform" in item)

@@ -33,7 +33,7 @@ class Log:
             if self.path.is_file():
                 self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
             # what was shown of later steps, before a kill, is taken back
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
             if wandb_project is not None:
                 self._wandb = _start_wandb(wandb_project, folder, settings)
 

@@ -40,7 +40,8 @@ def backward(
     if len(micro_batches) == 1:
         with gradients_stay_local(embedder, not last):
             loss, result = loss_of(embedder(to_device(micro_batches[0], device)))
-            loss.backward()
+            if loss.requires_grad:
+                loss.backward()
         return result
     # a part in which nothing is to be computed, on any rank, has rows all the same
     last_of_all = max(index for index, part in enumerate(micro_batches) if _computes(part))
@@ -55,20 +56,23 @@ def backward(
     for value in whole.values():
         value.requires_grad_()
     loss, result = loss_of(whole)
-    loss.backward()  # as far as the embeddings, and into the logit scales and biases
+    if loss.requires_grad:
+        loss.backward()  # as far as the embeddings, and into the logit scales and biases
     start = 0
     for index, (part, size) in enumerate(zip(micro_batches, sizes, strict=True)):
         if _computes(part):
             _set_random_state(states[index])
             with gradients_stay_local(embedder, not last or index < last_of_all):
                 embeds = embedder(to_device(part, device))
-                wanted = [name for name in embeds if whole[name].grad is not None]
+                # what frozen parts give has no graph to send a gradient through
+                wanted = [name for name in embeds if whole[name].grad is not None and embeds[name].requires_grad]
                 # of a part without rows there is nothing to say, whatever shape its embeddings have
                 gradients = [
                     whole[name].grad[start : start + size] if size else torch.zeros_like(embeds[name])
                     for name in wanted
                 ]
-                torch.autograd.backward([embeds[name] for name in wanted], gradients)
+                if wanted:
+                    torch.autograd.backward([embeds[name] for name in wanted], gradients)
         start += size
     _set_random_state(after)
     return result

@@ -7,6 +7,7 @@ loss already gives every rank their whole gradient (pe_av/loss.py).
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,6 +64,7 @@ def parallelize(model: nn.Module, embedder: nn.Module, config: ParallelConfig, d
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(model, whole, options=options)
         return embedder
+    embedder = _Anchored(embedder)
     ignored = [name for name, parameter in embedder.named_parameters() if parameter in outside]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(embedder, ignored)
     return DistributedDataParallel(
@@ -71,6 +73,23 @@ def parallelize(model: nn.Module, embedder: nn.Module, config: ParallelConfig, d
         find_unused_parameters=True,  # batches without sound, say, leave the parameters of its tower alone
         gradient_as_bucket_view=True,
     )
+
+
+class _Anchored(nn.Module):
+    """The embedder with a parameter of no effect in everything that has no other: DDP must see a backward pass after
+    every forward, also of a batch of which only frozen parts are run."""
+
+    def __init__(self, embedder: nn.Module):
+        super().__init__()
+        self.embedder = embedder
+        device = next(embedder.parameters()).device
+        self.anchor = nn.Parameter(torch.zeros((), device=device))
+
+    def forward(self, part: dict[str, Any]) -> dict[str, Tensor]:
+        found = self.embedder(part)
+        if not torch.is_grad_enabled():
+            return found
+        return {name: v if v.requires_grad else v + 0 * self.anchor for name, v in found.items()}
 
 
 def share_weights(module: nn.Module, device: torch.device) -> None:

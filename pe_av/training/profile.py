@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from torch.profiler import ProfilerActivity, profile, schedule
 
 FIRST, LAST = 10, 13  # steps of this process that are traced: the first ones are slower than what follows
@@ -30,6 +31,12 @@ class Profile:
             self.profiler.step()
         if self.taken == LAST:
             self.profiler.stop()
+
+    def close(self, console: Console) -> None:
+        """At the end of the run; says so if it came before the trace."""
+        if self.taken < LAST:
+            self.profiler.stop()
+            console.print(f"no profile: it needs {LAST} steps in one go, and there were {self.taken}")
 
     def _write(self, trace: profile) -> None:
         trace.export_chrome_trace(str(self.folder / "trace.json"))

@@ -12,6 +12,7 @@ skipped.jsonl                               steps that could not be taken
 
 import fcntl
 import json
+import math
 import os
 import random
 import signal
@@ -139,7 +140,7 @@ class Run:
     def __init__(self, config: RunConfig, folder: Path, device: torch.device, make_task: type[Task]):
         """
         Args:
-            make_task: is given the config, the device and a console.
+            make_task: is given the config, the device, a console and, if the run goes on, its tokenizer.
         """
         self.started = self.saved_at = time.monotonic()
         self.config, self.device, self.folder = config, device, of_rank_0(folder)
@@ -155,16 +156,23 @@ class Run:
         random.seed(config.seed)
         torch.manual_seed(config.seed)  # all ranks start from the same weights
 
-        self.task = make_task(config, device, self.console)
+        progress = None if state is None else read_progress(state)
+        # that of the run from its start on: a corrected caption must not give the words other numbers
+        tokenizer = of_rank_0(None if progress is None else progress.get("tokenizer"))
+        self.task = make_task(config, device, self.console, tokenizer)
+        words = self.task.processor.tokenizer
+        self.tokenizer = None if words is None else words.to_str()
         model = self.model = self.task.model
         # the model's section is the model's own: with `checkpoint=` it came from there
         self.settings = asdict(config) | {"model": asdict(model.config)}
-        progress = None if state is None else self._checked_progress(state)
+        if progress is not None:
+            self._check(state, progress)
         counts = model.parameter_counts()
         listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         self.console.print(f"{sum(counts.values()):,} parameters: {listed}", soft_wrap=True)
 
-        self.bad = BadItems(self.folder, self.task.items, config.max_bad_fraction, writes=rank() == 0)
+        seen = None if progress is None else progress["items"]
+        self.bad = BadItems(self.folder, self.task.items, config.max_bad_fraction, rank() == 0, seen)
         self.embedder = parallelize(model, self.task.embedder, config.parallel, device)
         self.evaluations: list[dict[str, Any]] = []  # {"step", figure: value, …}
         if state is None:
@@ -174,20 +182,23 @@ class Run:
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(model, config.optim)
         self.average = None if config.optim.ema is None else AveragedWeights(model, config.optim.ema)
-        self.checkpointer = Checkpointer(self.folder / "state", config.keep_checkpoints, config.milestone_every)
+        self.checkpointer = Checkpointer(
+            self.folder / "state", config.keep_checkpoints, config.milestone_every, config.parallel.timeout_minutes
+        )
         models = 1 if config.best is None else 2
         check_space(self.folder, config.keep_checkpoints, models, model, self.optimizer, self.average)
 
         self.step, self.skipped, self.signal, self.stop = 0, 0, 0, 0
-        self.save_due = False
+        self.save_due, self.position = False, self.task.train_loader.state_dict()
         self.clip_flops: float | None = None  # of one clip in one step, counted in the first
         if rank():
             torch.manual_seed(config.seed + rank())  # ranks drop out other units
         if state is not None:
             load(state, model, self.optimizer, self.average)
             self.step, self.evaluations = progress["step"], progress["evaluations"]
-            self.bad.seen, self.clip_flops = progress["seen"], progress["clip_flops"]
+            self.clip_flops = progress["clip_flops"]
             self.task.train_loader.load_state_dict(progress["data"])
+            self.position = progress["data"]
             if ranks_of(state) != world_size():
                 torch.manual_seed(config.seed + rank() + 1_000_003 * self.step)  # of another number of ranks
             self.console.print(f"resumed at step {self.step} from {state}", soft_wrap=True)
@@ -209,22 +220,27 @@ class Run:
             CheckpointError: a state could not be written.
         """
         config, metrics = self.config, {}
-        if self.step >= config.steps:
-            self.console.print(f"all of steps={config.steps} have been taken: set more to go on", soft_wrap=True)
-            self.task.close()
-            return metrics
         lock = self._locked()
-        self.checkpointer.clean()
+        for aside in self.checkpointer.begin(self.step):
+            self.console.print(f"set aside {aside}: it is later than what this run goes on from", soft_wrap=True)
         before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         self.model.train()
         profile = Profile(self.folder / "profile", self.device) if config.profile and rank() == 0 else None
         try:
             with self._progress() as progress:
                 bar = progress.add_task("training", total=config.steps, completed=self.step, line="")
+                if self._evaluation_is_due() and self.step:  # where the run stopped before it
+                    metrics = self.evaluate()
+                    self.save()
+                elif self.step >= config.steps:
+                    self.console.print(f"all of steps={config.steps} have been taken: set more to go on")
                 window = Window()
                 batches = self._batches()
                 while self.step < config.steps:
+                    self.position = self.task.train_loader.state_dict()
                     taken = [window.timed(batches) for _ in range(config.accumulate)]
+                    if None in taken:  # asked to stop while there was nothing to learn from
+                        self._leave()
                     window.add(self._step(taken), sum(batch.clips for batch in taken))
                     self.step += 1
                     last = self.step == config.steps
@@ -236,27 +252,26 @@ class Run:
                         if not self.console.is_terminal:
                             self.console.print(f"step {self.step}/{config.steps}  {line}", soft_wrap=True)
                         window = Window()
-                    if not self.stop and (self.step % config.eval_every == 0 or last):
+                    self.position = self.task.train_loader.state_dict()
+                    if self.stop:
+                        self._leave()
+                    if self._evaluation_is_due():
                         self._read_last_step()
                         metrics = self.evaluate()
                         window.restart()
-                    if self.stop or self.save_due or self.step % config.save_every == 0 or last:
+                    if self.save_due or self.step % config.save_every == 0 or last:
                         self._read_last_step()
                         self.save()
-                    if self.stop:
-                        self.checkpointer.wait()
-                        if self.stop == signal.SIGINT:  # who asks for it is there to look at it
-                            with self._averaged():
-                                self._export("checkpoint")
-                        raise Stopped(self.stop, self.folder)
             self.checkpointer.wait()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
             self.task.close()
+            if profile is not None:
+                profile.close(self.console)
             os.close(lock)
         self.console.print(f"written to {self.folder}")
-        if rank() == 0:
+        if rank() == 0 and metrics:
             self.task.show(metrics)
         return metrics
 
@@ -265,7 +280,18 @@ class Run:
         and into `best` if none was better; writes `metrics.json` and `loss.png`."""
         with self._averaged():
             with self.autocast:
-                found = self.task.evaluate(self.embedder, self.folder, self.step, self.evaluations)
+                try:
+                    found = self.task.evaluate(self.embedder, self.folder, self.step, self.evaluations)
+                    wrong = [name for name, value in found.figures.items() if not math.isfinite(value)]
+                    if wrong:
+                        raise ValueError(f"{', '.join(wrong)} not finite")
+                except ConfigError:
+                    raise
+                except ValueError as error:
+                    raise ConfigError(
+                        f"the evaluation at step {self.step} failed ({error}): if the model has diverged, go on from "
+                        f"an earlier state (resume=… of {self.folder / 'state'}) with a lower optim.lr"
+                    ) from error
             self._export("checkpoint")
             better = self._is_best(found.figures)
             if better:
@@ -282,13 +308,28 @@ class Run:
         self.console.print(f"step {self.step}  {found.line}", soft_wrap=True)
         return found.metrics
 
+    def _evaluation_is_due(self) -> bool:
+        due = self.step % self.config.eval_every == 0 or self.step >= self.config.steps
+        return due and not any(row["step"] == self.step for row in self.evaluations)
+
+    def _leave(self) -> None:
+        """Save the state, and end the run as it was asked to."""
+        self._read_last_step()
+        self.save()
+        self.checkpointer.wait()
+        if self.stop == signal.SIGINT:  # who asks for it is there to look at it
+            with self._averaged():
+                self._export("checkpoint")
+        raise Stopped(self.stop, self.folder)
+
     def save(self) -> None:
         """In the background, the state to go on from."""
         progress = {
             "step": self.step,
-            "data": self.task.train_loader.state_dict(),
+            "data": self.position,
             "evaluations": self.evaluations,
-            "seen": self.bad.seen,
+            "items": self.bad.state_dict(),
+            "tokenizer": self.tokenizer if rank() == 0 else None,
             "clip_flops": self.clip_flops,
             "settings": self.settings,
         }
@@ -339,7 +380,8 @@ class Run:
             row = {"step": step, "loss": str(loss), "gradient_norm": str(norm), "ids": sum(everyone, [])}
             with (self.folder / "skipped.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-        self.console.print(f"skipped step {step}: loss {loss}, gradient norm {norm}; clips in skipped.jsonl")
+        told = f"skipped step {step}: loss {loss}, gradient norm {norm}; clips in skipped.jsonl"
+        self.console.print(told, soft_wrap=True)
         if self.skipped >= MOST_SKIPPED:
             self.checkpointer.wait()
             raise ConfigError(
@@ -355,12 +397,15 @@ class Run:
         rate = {"lr": self.optimizer.param_groups[0]["lr"] / (self.optimizer.param_groups[0]["scale"] or 1)}
         return self.log.add(self.step, window.means() | rate | speed | learned(self.model.logits) | use)
 
-    def _batches(self) -> Iterator[_Batch]:
+    def _batches(self) -> Iterator[_Batch | None]:
         """Shuffled batches without end, each agreed on by all ranks: how many parts it has, what those run, and whether
-        there is anything to learn from it at all. Ranks also tell each other here of signals and of damaged items."""
-        task, fruitless = self.task, 0
+        there is anything to learn from it at all. Ranks also tell each other here of signals and of damaged items. None
+        in place of a batch with nothing to learn from, if the run is to stop."""
+        task, fruitless, empty_epochs = self.task, 0, 0
         while True:
+            epoch = 0
             for batch in task.train_loader:
+                epoch += 1
                 parts = task.split(batch, self.config.micro_batch_size)
                 everyone = of_all_ranks(
                     {
@@ -399,6 +444,12 @@ class Run:
                     mine = dict(enumerate(parts))
                     ready = [task.with_runs(mine.get(index), runs) for index, runs in enumerate(agreed)]
                     yield _Batch(batch, ready, counts, sum(theirs["clips"] for theirs in everyone))
+                elif self.stop:
+                    yield None
+            # the rest of an epoch, with which a run goes on, may have none
+            empty_epochs = 0 if epoch else empty_epochs + 1
+            if empty_epochs == 2:
+                raise ConfigError("the data give no batch at all: lower batch_size, or raise data.batch_tokens")
 
     def _is_best(self, figures: dict[str, float]) -> bool:
         name = self.config.best
@@ -471,10 +522,9 @@ class Run:
             raise ConfigError(problem)
         return found
 
-    def _checked_progress(self, state: Path) -> dict[str, Any]:
-        """What the state says of the run, which must be this one."""
-        progress = read_progress(state)
-        if "settings" not in progress:
+    def _check(self, state: Path, progress: dict[str, Any]) -> None:
+        """What the state says of the run must be true of this one."""
+        if "items" not in progress:
             raise CheckpointError(
                 f"{state}: an earlier version wrote it, with other contents; start from its model: checkpoint=…"
             )
@@ -487,12 +537,13 @@ class Run:
         ]
         if (before.get("optim.ema") is None) != (now.get("optim.ema") is None):
             changed.append(f"optim.ema was {before.get('optim.ema')}, now {now.get('optim.ema')}")
+        if (before.get("data.cache") is None) != (now.get("data.cache") is None):  # what is cached is frozen
+            changed.append(f"data.cache was {before.get('data.cache')}, now {now.get('data.cache')}")
         if changed:
             raise ConfigError(
                 f"{state}: cannot go on with other settings of what it fixes: {'; '.join(changed[:5])}. Set them "
                 "back, or start a new run from its model: checkpoint=…"
             )
-        return progress
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal == signal.SIGINT == number:

@@ -45,9 +45,17 @@ def training_clips(data: DataConfig) -> Manifest | MixedManifest:
 
 
 def prepare_model(
-    config: TrainConfig, clips: Manifest | MixedManifest, device: torch.device, console: Console
+    config: TrainConfig,
+    clips: Manifest | MixedManifest,
+    device: torch.device,
+    console: Console,
+    tokenizer: str | None,
 ) -> tuple[PEAudioVideo, Processor]:
-    """From the checkpoint, or with random weights, warm starts, and a tokenizer made from the captions."""
+    """From the checkpoint, or with random weights, warm starts, and a tokenizer made from the captions.
+
+    Args:
+        tokenizer: of the run that goes on, which keeps it; None: of a new one.
+    """
     model = start_model(config, device)
     if not isinstance(model, PEAudioVideo):
         raise ConfigError(f"{config.checkpoint} is a PEAudioFrame: python -m pe_av.training.frame trains it")
@@ -56,11 +64,13 @@ def prepare_model(
     if rank() == 0:
         for line in warm_start(model, config.init):
             console.print(line, soft_wrap=True)
-    if config.init.text is not None:
-        tokenizer = read_tokenizer(config.init.text)
+    if tokenizer is not None:
+        words = Tokenizer.from_str(tokenizer)
+    elif config.init.text is not None:
+        words = read_tokenizer(config.init.text)
     else:
-        tokenizer = tokenizer_of_rank_0(clips.texts, config.model.text.vocab_size)
-    processor = Processor(config.model, tokenizer)
+        words = tokenizer_of_rank_0(clips.texts, config.model.text.vocab_size)
+    processor = Processor(config.model, words)
     if rank() == 0 and not config.model.audio.codec.trainable and config.init.codec is None:
         read: Callable[[Any], dict[str, Any]] = ClipReader(processor, config.data.max_seconds)
         items = map(read, clips)
@@ -111,7 +121,7 @@ def prepare_loaders(
     """The training and the evaluation clips in batches for this rank and device."""
     data, pinned = config.data, device.type == "cuda"
     ranks = {"rank": rank(), "world": world_size()}
-    kinds = tuple(dict.fromkeys(pairing.caption for pairing in config.loss.pairings if pairing.weight))
+    kinds = tuple(dict.fromkeys(pairing.caption for pairing in config.loss.pairings))
     # held-out clips also have one caption for all, by which they are found
     collate, collate_all = Collate(processor, kinds), Collate(processor, tuple(dict.fromkeys((None, *kinds))))
     read: Callable[[Any], dict[str, Any]] = reader_for(data, model, processor)
