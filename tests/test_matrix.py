@@ -51,7 +51,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "ranks": ("1", "2", "3"),
     "strategy": ("ddp", "fsdp"),
     "micro": ("whole", "micro"),
-    "extra": ("plain", "ema", "lora", "frozen", "cache", "recompute", "accumulate"),
+    "extra": ("plain", "ema", "lora", "frozen", "cache", "recompute", "accumulate", "scales"),
     "data": ("clean", "bad", "pure"),
 }
 
@@ -159,7 +159,10 @@ def settings(case: Case, corpus: Path) -> TrainConfig:
         lr=1e-3,
         warmup_steps=2,
         ema=0.8 if case.extra == "ema" else None,
-        freeze=["text", "video.vision"] if case.extra == "frozen" else [],
+        # all but scales and biases: a model of which nothing has a gradient
+        freeze={"frozen": ["text", "video.vision"], "scales": ["text", "audio", "video", "fusion", "heads"]}.get(
+            case.extra, []
+        ),
     )
     return TrainConfig(
         data=data,

@@ -29,7 +29,7 @@ from pe_av.device import precision_context
 from pe_av.loss import LossOutput, contrastive_loss
 from pe_av.training.checkpoints import damage, newest_whole
 from pe_av.training.contrastive import Contrastive
-from pe_av.training.run import MOST_SKIPPED, Run
+from pe_av.training.run import MOST_SKIPPED, Run, Stopped
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["data.demo.train_clips=24", "data.demo.eval_clips=4", "batch_size=8", "data.num_workers=0", "log_every=1"]
@@ -215,9 +215,10 @@ def test_ten_such_steps_end_the_run_and_harm_nothing(tmp_path: Path, world: list
         ["lora.rank=2"],
         ["accumulate=2"],
         ["optim.freeze=[text,video.vision]"],
+        ["optim.freeze=[text,heads.text_audio,heads.text_video,heads.text_audio_video]", "micro_batch_size=3"],
         ["loss.pairings=[{name:audio_text,left:audio,right:text_audio}]", "optim.ema=0.5"],
     ],
-    ids=["ten pairings", "adapters", "accumulation", "frozen towers", "without video"],
+    ids=["ten pairings", "adapters", "accumulation", "frozen towers", "frozen sides", "without video"],
 )
 def test_recipes_run_can_be_loaded_and_go_on(tmp_path: Path, world: list[str], overrides: list[str]):
     metrics = run(tmp_path, [*world, "steps=2", *overrides]).train()
@@ -299,6 +300,21 @@ def test_biases_start_where_other_pairs_are_as_rare_as_in_a_batch(tmp_path: Path
         apart = logits[~torch.eye(len(logits), dtype=torch.bool)].mean().item()
         assert apart == pytest.approx(-math.log(8 - 1), abs=1e-4), name
     training.task.close()
+
+
+def test_an_evaluation_that_a_stop_left_out_is_made_when_the_run_goes_on(tmp_path: Path, world: list[str], monkeypatch):
+    """Here in the last step. The run keeps its tokenizer, and may begin to watch other clips."""
+    stopped = run(tmp_path, [*world, "steps=1"])
+    stopped.signal = signal.SIGTERM
+    with pytest.raises(Stopped):
+        stopped.train()
+    assert not (tmp_path / "metrics.json").exists()
+    monkeypatch.setattr("pe_av.training.setup.train_tokenizer", None)
+    watched = next(Path(world[-1].partition("=")[2]).glob("*/eval.jsonl"))
+    metrics = run(tmp_path, [*world, "steps=1", "resume=auto", f"watch={watched}"]).train()
+    assert metrics["text->audio"]["gallery"] == 4 and (tmp_path / "best" / "metrics.json").is_file()
+    assert [row["step"] for row in json.loads((tmp_path / "watch.json").read_text())["evaluations"]] == [1]
+    assert run(tmp_path, [*world, "steps=1", "resume=auto"]).train() == {}  # there is nothing left to do
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path, world: list[str]):
