@@ -176,6 +176,47 @@ def test_what_an_index_cannot_use_is_named(tmp_path):
         assert sum(line.startswith(text) for line in told) == 1, text
 
 
+def test_an_odd_json_costs_only_its_own_sample(tmp_path):
+    sound = write_wav(tmp_path / "x.wav", np.ones((1, 480), np.int16)).read_bytes()
+    odd = {
+        "deep": b"[" * 100_000,
+        "empty": b'{"caption": ""}',
+        "half": b'{"caption": "\\ud800"}',
+        "name": b'{"id": "\\ud800", "caption": "x"}',
+        "problem": b'{"problem": 5, "lacks": ["x"], "caption": "x"}',
+        "split": b'{"split": 3, "caption": ["x", "\\ud800"]}',
+    }
+    members = {"a.wav": sound, "a.txt": b"x"}
+    for name, content in odd.items():
+        members |= {f"{name}.wav": sound, f"{name}.json": content}
+    write_tar(tmp_path / "a.tar", members)
+    manifest, wrong = index(tmp_path)
+    assert list(read_manifest(tmp_path / "manifest.parquet")) == list(manifest)
+    found = {clip.id: (clip.captions.get(None), clip.split, clip.problem, clip.lacks) for clip in manifest}
+    assert found == {
+        "a/a": (["x"], None, None, None),
+        "a/empty": (None, None, None, "the caption is empty"),
+        "a/half": (None, None, "the caption is not UTF-8", None),
+        "a/problem": (["x"], None, None, None),
+        "a/split": (["x"], "3", "the caption is not UTF-8", None),
+    }
+    deep, nothing, name = wrong
+    assert "deep: its .json is not used; it is no JSON object (nested too deeply)" in deep
+    assert "deep: not used: nothing to pair" in nothing and "name: not used: the id '\\ud800' is not UTF-8" in name
+
+
+def test_clips_that_say_what_they_lack_can_be_packed(tmp_path):
+    write_wav(tmp_path / "a.wav", np.ones((1, 480), np.int16))
+    rows = [{"audio": "a.wav", "caption": "x", "id": "1"}, {"audio": "a.wav", "caption": "", "id": "2"}]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert pack(read_manifest(tmp_path / "m.jsonl"), tmp_path / "shards") == {}
+    for manifest in (read_manifest(tmp_path / "shards" / "manifest.parquet"), index(tmp_path / "shards")[0]):
+        assert [(clip.id, clip.captions, clip.lacks) for clip in manifest] == [
+            ("1", {None: ["x"]}, None),
+            ("2", {}, "the caption is empty"),
+        ]
+
+
 def test_a_shard_with_a_broken_header_says_so(tmp_path):
     sound = write_wav(tmp_path / "x.wav", np.ones((1, 480), np.int16)).read_bytes()
     write_tar(tmp_path / "a.tar", {f"{i}.{ending}": sound for i in range(4) for ending in ("wav", "mp4")})
@@ -202,6 +243,13 @@ def test_packing_goes_on_where_it_was_interrupted(corpus, tmp_path):
     assert not list((tmp_path / "part").glob("*.part"))
     with pytest.raises(ConfigError, match="holds shards of another manifest"):
         pack(Manifest.of(list(corpus)[:3]), tmp_path / "part", shard_bytes=60_000)
+    plan = tmp_path / "part" / "plan.json"
+    plan.write_text(plan.read_text()[:20])
+    with pytest.raises(ConfigError, match="plan.json: damaged; delete it"):
+        pack(corpus, tmp_path / "part", shard_bytes=60_000)
+    plan.unlink()
+    pack(corpus, tmp_path / "part", shard_bytes=60_000)
+    assert plan.read_text() == (tmp_path / "whole" / "plan.json").read_text()
 
 
 def test_a_torn_shard_costs_what_it_lost(corpus, tmp_path):

@@ -190,6 +190,80 @@ def test_looking_into_files_finds_lengths_and_missing_tracks(tmp_path, capsys):
     assert found["torn.mp4"].audio and found["torn.mp4"].video and found["torn.mp4"].seconds is None
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_what_could_be_read_can_be_read_after_it_was_written(tmp_path, ending):
+    """A silent film without a caption, and what an empty or damaged caption leaves, have only one thing to pair."""
+    write_clip(tmp_path / "both.mp4")
+    write_clip(tmp_path / "silent.mp4", sound=False)
+    write_wav(tmp_path / "a.wav", np.zeros((1, 24_000), np.int16))
+    rows = [
+        {"path": "both.mp4"},
+        {"path": "silent.mp4"},
+        {"audio": "silent.mp4", "caption": "x", "id": "no sound"},
+        {"audio": "a.wav", "caption": "", "id": "empty"},
+        {"audio": "a.wav", "caption": "\ud800", "id": "damaged"},
+    ]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = list(read_manifest(tmp_path / "m.jsonl"))
+    for _ in range(2):  # and once more what was written
+        main([str(tmp_path / "m.jsonl"), str(tmp_path / f"out.{ending}")])
+        found = list(read_manifest(tmp_path / f"out.{ending}"))
+        assert found[0] == replace(before[0], seconds=found[0].seconds)
+        lacking = replace(before[1], audio=None, lacks="its file has no audio track", seconds=found[1].seconds)
+        assert found[1] == lacking and found[1].seconds == pytest.approx(1.0, abs=0.05)
+        assert found[2] == before[2]  # decoding it names the reason
+        assert found[3:] == [replace(clip, seconds=0.5) for clip in before[3:]]
+        assert [(clip.problem, clip.lacks) for clip in found[3:]] == [
+            (None, "the caption is empty"),
+            ("the caption is not UTF-8", None),
+        ]
+        (tmp_path / f"out.{ending}").rename(tmp_path / f"again.{ending}")
+        main([str(tmp_path / f"again.{ending}"), str(tmp_path / "m.jsonl")])
+
+
+def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
+    rows = [{"path": "a.mp4", "caption": ["one", "two"]}]
+    (tmp_path / "m.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    for ending in ("csv", "tsv", "pq"):
+        (tmp_path / f"out.{ending}").write_text("kept")
+    (tmp_path / "folder.jsonl").mkdir()
+    for name, reason in (
+        ("out.csv", "a.mp4 has several captions of a kind, for which CSV has no place"),
+        ("out.tsv", "no format of a manifest is named so; its name must end in .parquet, .csv, .jsonl"),
+        ("out.pq", "no format of a manifest is named so"),
+        ("folder.jsonl", "cannot be written (Is a directory)"),
+        ("nowhere/out.csv", "cannot be written (no such folder)"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([str(tmp_path / "m.jsonl"), str(tmp_path / name)])
+        assert str(ended.value).startswith(f"error: {tmp_path / name}: {reason}") and "\n" not in str(ended.value)
+    assert all((tmp_path / f"out.{ending}").read_text() == "kept" for ending in ("csv", "tsv", "pq"))
+    (tmp_path / "m.tsv").write_text("path\na.mp4\n")
+    with pytest.raises(ConfigError, match="m.tsv: no format of a manifest is named so"):
+        read_manifest(tmp_path / "m.tsv")
+    (tmp_path / "M.CSV").write_text("path,caption\na.mp4,x\n")
+    main([str(tmp_path / "M.CSV"), str(tmp_path / "M.PARQUET")])
+    assert pq.read_table(tmp_path / "M.PARQUET")["caption"].to_pylist() == [["x"]]
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_tables_of_other_programs(tmp_path):
+    (tmp_path / "m.csv").write_text("id , path, caption,,\na,a.mp4,x,,\n")
+    assert [(clip.id, clip.captions) for clip in read_manifest(tmp_path / "m.csv")] == [("a", {None: ["x"]})]
+    (tmp_path / "m.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"path": "a.mp4"}\r\n\r\n{"path": "b.mp4", "split": ""}\r\n')
+    assert [(clip.id, clip.split) for clip in read_manifest(tmp_path / "m.jsonl")] == [("a.mp4", None), ("b.mp4", None)]
+    for name in ("start", "seconds"):
+        (tmp_path / "m.jsonl").write_text(json.dumps({"path": "a.mp4", "end": np.inf, name: np.inf}) + "\n")
+        with pytest.raises(ConfigError, match=f"m.jsonl:1: {name}=inf is not a number of seconds"):
+            read_manifest(tmp_path / "m.jsonl")
+    (tmp_path / "m.csv").write_text("path,caption, caption\na.mp4,x,y\n")
+    columns = [pa.array(["a.mp4"]), pa.array(["x"]), pa.array(["y"])]
+    pq.write_table(pa.Table.from_arrays(columns, ["path", "caption", "caption"]), tmp_path / "m.parquet")
+    for name in ("m.csv", "m.parquet"):
+        with pytest.raises(ConfigError, match=f"{name}: has 2 columns named caption; leave one"):
+            read_manifest(tmp_path / name)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # manifests of many rows
 
@@ -279,6 +353,14 @@ def test_a_copy_is_of_the_manifest_as_it_is(tmp_path, small_batches):
     assert {p.name for p in tmp_path.iterdir()} == {"m.jsonl", ".m.jsonl.arrow"}
 
 
+def test_what_an_interrupted_conversion_has_left_is_removed_by_the_next(tmp_path, small_batches):
+    path = write_rows(tmp_path / "m[1].jsonl", many_rows(300))
+    (tmp_path / ".m[1].jsonl.arrow.abc.part").write_bytes(b"half a copy")
+    (tmp_path / ".m1.jsonl.arrow.abc.part").write_bytes(b"of another manifest")
+    assert len(read_manifest(path)) == 300
+    assert {p.name for p in tmp_path.glob(".m*")} == {".m[1].jsonl.arrow", ".m1.jsonl.arrow.abc.part"}
+
+
 def test_a_manifest_that_changes_while_it_is_read_is_refused(tmp_path, small_batches, monkeypatch):
     path = write_rows(tmp_path / "m.jsonl", many_rows(300))
     check = check_row
@@ -351,7 +433,9 @@ def test_what_is_wrong_far_down_is_named_by_its_line(tmp_path, ending, small_bat
         with pytest.raises(ConfigError, match=f"m.{ending}{where}: {reason}"):
             read_manifest(path)
     path = write_rows(tmp_path / f"m.{ending}", rows + [rows[7], rows[7], rows[250]])
-    with pytest.raises(ConfigError, match=f"m.{ending}: 3 ids stand more than once"):
+    with pytest.raises(
+        ConfigError, match=f"m.{ending}: 3 ids stand more than once, such as '.*' in the clips 8 and 301"
+    ):
         read_manifest(path)
     assert [p.name for p in tmp_path.iterdir()] == [f"m.{ending}"]
 
@@ -362,7 +446,7 @@ def test_ids_of_equal_hashes_are_compared(tmp_path, monkeypatch):
     path = write_rows(tmp_path / "m.jsonl", [{"id": name, "path": "x.mp4"} for name in names])
     assert [clip.id for clip in read_manifest(path)] == names
     write_rows(path, [{"id": name, "path": "x.mp4"} for name in [*names, "ab", "ab", "ccc"]])
-    with pytest.raises(ConfigError, match="3 ids stand more than once"):
+    with pytest.raises(ConfigError, match="3 ids stand more than once, such as 'ab' in the clips 3 and 7; give"):
         read_manifest(path)
 
 

@@ -11,7 +11,8 @@ import torch
 from sklearn.metrics import average_precision_score, f1_score, jaccard_score
 
 from pe_av import PEAudioFrame, load_model
-from pe_av.config import FrameDemoConfig
+from pe_av.config import ConfigError, FrameDemoConfig
+from pe_av.data.frame_clips import FrameClip, read_frame_manifest
 from pe_av.data.frame_demo import prepare_frame_demo
 from pe_av.data.media import read_audio
 from pe_av.evaluation.localization import localization_metrics
@@ -127,6 +128,47 @@ def test_a_manifest_that_is_none_costs_one_line(tmp_path: Path, line: str, messa
     done = run(*manifests, f"hydra.run.dir={tmp_path}/run", "batch_size=1")
     assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_lines_end_at_newlines_alone_and_blank_ones_are_none(tmp_path: Path):
+    caption = "one\u2028two\x85three"
+    lines = [
+        {"path": "a.wav", "caption": caption, "spans": [[0, 1], [2.5, 3]]},
+        {"path": "b.wav", "caption": "x", "spans": []},
+    ]
+    text = "\r\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    (tmp_path / "m.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\n \n")
+    first, second = read_frame_manifest(tmp_path / "m.jsonl")
+    assert first == FrameClip("1:a.wav", f"{tmp_path}/a.wav", caption, [[0.0, 1.0], [2.5, 3.0]])
+    assert second == FrameClip("3:b.wav", f"{tmp_path}/b.wav", "x", [])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"path": ""}, "m.jsonl:2: not"),
+        ({"path": 3}, "m.jsonl:2: not"),
+        ({"caption": " "}, "m.jsonl:2: not"),
+        ({"caption": "\ud800"}, "m.jsonl:2: '.ud800' is not UTF-8"),
+        ({"spans": "12"}, "m.jsonl:2: not"),
+        ({"spans": ["12"]}, "m.jsonl:2: not"),
+        ({"spans": [["1", "2"]]}, "m.jsonl:2: not"),
+        ({"spans": {"12": 0}}, "m.jsonl:2: not"),
+        ({"spans": [{"1": 0, "2": 0}]}, "m.jsonl:2: not"),
+        ({"spans": [[0, 10**400]]}, "m.jsonl:2: not"),
+        ({"spans": [[math.nan, 1]]}, "m.jsonl:2: not"),
+        (b"[" * 100_000, "m.jsonl:2: not JSON"),
+        (b'{"path": "a.wav", "caption": "caf\xe9", "spans": []}', "m.jsonl:2: 'caf.udce9' is not UTF-8"),
+        (b'["path", "caption", "spans"]', "m.jsonl:2: not an object"),
+    ],
+)
+def test_a_line_that_is_none_is_refused_by_its_number(tmp_path: Path, change: dict | bytes, message: str):
+    good = {"path": "a.wav", "caption": "x", "spans": [[0, 1]]}
+    line = change if isinstance(change, bytes) else json.dumps(good | change).encode()
+    (tmp_path / "m.jsonl").write_bytes(json.dumps(good).encode() + b"\n" + line)
+    with pytest.raises(ConfigError, match=message) as refused:
+        read_frame_manifest(tmp_path / "m.jsonl")
+    str(refused.value).encode()  # can be printed
 
 
 @pytest.mark.slow

@@ -789,6 +789,51 @@ def test_a_missing_track_is_named(tmp_path):
         read_audio(nothing)
 
 
+@pytest.mark.parametrize("name, codecs", [("a.mkv", ("mpeg4", "pcm_s16le")), ("a.webm", ("libvpx", "libopus"))])
+@pytest.mark.parametrize("tags", [True, False], ids=["tags", "no tags"])
+@pytest.mark.parametrize("empty", ["audio", "video"])
+def test_an_empty_track_beside_a_full_one_is_missing_and_not_damaged(tmp_path, name, codecs, tags, empty):
+    """Matroska has no length of a track, and FFmpeg gives that of the file; recordings of browsers have no tags."""
+    path = tmp_path / name
+    with av.open(str(path), "w") as container:
+        picture = container.add_stream(codecs[0], rate=25)
+        picture.width, picture.height, picture.pix_fmt = 32, 32, "yuv420p"
+        sound = container.add_stream(codecs[1], rate=48_000, layout="mono")
+        if empty == "audio":
+            frames = [av.VideoFrame.from_ndarray(image, format="rgb24") for image in noise(5, 32, 32)]
+        else:
+            frames = [av.AudioFrame.from_ndarray(np.zeros((1, 9600), np.int16), format="s16", layout="mono")]
+            frames[0].sample_rate = 48_000
+        full = picture if empty == "audio" else sound
+        for packet in [packet for frame in [*frames, None] for packet in full.encode(frame)]:
+            container.mux(packet)
+    if not tags:
+        path.write_bytes(path.read_bytes().replace(b"DURATION", b"NOTATION"))
+    with av.open(str(path)) as container:
+        assert {stream.type for stream in container.streams if stream.duration} == {empty}  # FFmpeg's estimate
+        assert any("DURATION" in stream.metadata for stream in container.streams) == tags
+    reads = {"audio": read_audio, "video": read_frames}
+    with pytest.raises(MissingTrackError, match=f"{name}: the {empty} track is empty"):
+        reads.pop(empty)(path)
+    for read in reads.values():
+        read(path)
+
+
+@pytest.mark.parametrize("tags", [True, False], ids=["tags", "no tags"])
+def test_a_track_of_which_nothing_decodes_is_damaged_and_not_missing(tmp_path, tags):
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        sound = container.add_stream("vorbis", rate=48_000, layout="stereo", options={"strict": "-2"})
+        frame = av.AudioFrame.from_ndarray(np.zeros((2, 9600), np.float32), format="fltp", layout="stereo")
+        frame.sample_rate = 48_000
+        container.mux([*sound.encode(frame), *sound.encode(None)][0])  # with which a decoder has half a block
+    if not tags:
+        path.write_bytes(path.read_bytes().replace(b"DURATION", b"NOTATION"))
+    with pytest.raises(MediaError, match="a.mkv: .*damaged") as caught:
+        read_audio(path)
+    assert not isinstance(caught.value, MissingTrackError)
+
+
 def test_the_cover_of_a_song_is_no_video(tmp_path):
     path = tmp_path / "song.mp3"
     with av.open(str(path), "w") as container:

@@ -467,6 +467,24 @@ def test_shards_that_fail_are_told_of_and_the_stream_goes_on(folder, tmp_path):
         assert values(rest) == values(found[stop + 1 :])
 
 
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_rank_whose_only_shard_is_torn_goes_on_with_its_next_epoch(folder, tmp_path, world):
+    """As many shards as ranks: in every epoch one rank has nothing but the torn one."""
+    whole = [f"{folder}/00{number}.tar" for number in range(world - 1)]
+    (tmp_path / "torn.tar").write_bytes((folder / "003.tar").read_bytes()[:700])
+    urls = [*whole, str(tmp_path / "torn.tar")]
+    for rank in range(world):
+        found = load(urls, 12 * SAMPLES, batch_size=1, rank=rank, world=world)
+        assert set(values(found)) == set(in_order(whole))  # all that there is
+        assert {item["id"] for batch in found for item in batch["bad"]} == {urls[-1]}
+        for stop in (SAMPLES // 2, SAMPLES, 3 * SAMPLES):
+            rest = load(urls, 2 * SAMPLES, found[stop]["state"], batch_size=1, rank=rank, world=world)
+            assert values(rest) == values(found[stop + 1 :])[: 2 * SAMPLES]
+    (tmp_path / "torn too.tar").write_bytes(b"")
+    with pytest.raises(ConfigError, match="none of the 2 shards of rank 1 gave a sample: .*torn"):
+        load(f"{tmp_path}/*.tar", 1, rank=1, world=2)
+
+
 def test_no_shard_at_all_ends_with_the_first_reason(folder, tmp_path):
     (tmp_path / "empty.tar").write_bytes(bytes(10240))
     with pytest.raises(ConfigError, match=r"none of the 2 shards of rank 0 gave a sample: /nowhere/0.tar: no such sha"):
@@ -594,11 +612,14 @@ def test_samples_that_are_none_are_named_and_take_no_row(tmp_path):
         for key, content in {
             "good": {"wav": b"good", "json": {"caption": "x"}},
             "json": {"wav": b"1", "json": b"{no"},
+            "deep": {"wav": b"1", "json": b"[" * 100_000},
+            "half": {"wav": b"1", "json": b'{"id": "\\ud800", "caption": "x"}'},
             "alone": {"wav": b"1"},
             "silent": {"json": {"caption": "x"}},
             "number": {"wav": b"1", "json": {"caption": 5}},
             "backwards": {"wav": b"1", "json": {"caption": "x", "start": 3, "end": 2}},
             "list": {"wav": b"list", "json": {"id": 7, "caption": ["x", " "], "path": {"not": "ours"}}},
+            "odd": {"wav": b"odd", "json": {"caption": ["x", "\ud800"], "split": 3, "problem": 5, "lacks": []}},
         }.items():
             writer.write({"__key__": key} | content)
     url = str(tmp_path / "a.tar")
@@ -607,14 +628,18 @@ def test_samples_that_are_none_are_named_and_take_no_row(tmp_path):
             member = tarfile.TarInfo("twice.wav")
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    found = load(url, 2, batch_size=2, shuffle_window=1)
-    assert [batch["values"] for batch in found] == 2 * [["good", "list"]]
+    found = load(url, 2, batch_size=3, shuffle_window=1)
+    assert [batch["values"] for batch in found] == 2 * [["good", "list", "odd"]]
+    assert next(s for s in read_shard(url) if isinstance(s, stream.Sample) and s.id == "a/odd").clip == Clip(
+        "a/odd", "wav", captions={None: ["x"]}, split="3", problem="the caption is not UTF-8"
+    )
     reasons = {item["id"]: item["error"] for batch in found for item in batch["bad"]}
-    assert reasons.keys() == {f"{url}#{key}" for key in ("json", "alone", "silent", "number", "backwards", "twice")} | {
-        url
-    }
+    names = ("json", "deep", "half", "alone", "silent", "number", "backwards", "twice")
+    assert reasons.keys() == {url, *(f"{url}#{name}" for name in names)}
     assert all(reason.startswith(name) and "\n" not in reason for name, reason in reasons.items())
-    assert "its .json cannot be read" in reasons[f"{url}#json"] and "nothing to pair" in reasons[f"{url}#alone"]
+    assert "its .json is not used; it is no JSON object" in reasons[f"{url}#json"]
+    assert "nothing to pair" in reasons[f"{url}#alone"]
+    assert "nested too deeply" in reasons[f"{url}#deep"] and "is not UTF-8" in reasons[f"{url}#half"]
     assert "neither sound nor picture" in reasons[f"{url}#silent"] and "end=2" in reasons[f"{url}#backwards"]
     assert 'no text under "caption"' in reasons[f"{url}#number"] and "duplicate" in reasons[url]
 

@@ -1,6 +1,6 @@
 """Recordings with captions and the times that they are about, for frame-level training: manifest, reader, batches."""
 
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..config import ConfigError
+from .manifest import SURROGATE, jsonl_rows
 from .parts import caption_key
 from .processor import Processor, mask_of
 
@@ -35,22 +36,34 @@ def read_frame_manifest(path: Path) -> list[FrameClip]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such manifest")
     clips = []
-    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        try:
-            line = json.loads(text)
-            spans = [[float(start), float(end)] for start, end in line["spans"]]
-            fits = isinstance(line["path"], str) and line["caption"].strip() and all(a < b for a, b in spans)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            fits = False
-        if not fits:
+    for where, line in jsonl_rows(path):
+        source, caption, spans = (line.get(name) for name in ("path", "caption", "spans"))
+        if not (_is_text(source) and _is_text(caption) and isinstance(spans, list) and all(map(_is_span, spans))):
             raise ConfigError(
-                f'{path}:{number}: not {{"path": …, "caption": …, "spans": [[start_s, end_s], …]}} with start < end'
+                f'{where}: not {{"path": …, "caption": …, "spans": [[start_s, end_s], …]}} with start < end'
             )
+        for text in (source, caption):
+            if SURROGATE.search(text):
+                raise ConfigError(f"{where}: {ascii(text)} is not UTF-8; correct it, or save the file as UTF-8")
         # a recording may stand in several lines, with other captions
-        clips.append(FrameClip(f"{number}:{line['path']}", str(path.parent / line["path"]), line["caption"], spans))
+        number = where.rpartition(":")[2]
+        spans = [[float(start), float(end)] for start, end in spans]
+        clips.append(FrameClip(f"{number}:{source}", str(path.parent / source), caption, spans))
     if not clips:
         raise ConfigError(f"{path}: holds no recordings")
     return clips
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_span(value: Any) -> bool:
+    """Whether it is [start_s, end_s], of numbers that float64 can hold."""
+    if not (isinstance(value, list) and len(value) == 2 and all(type(time) in (int, float) for time in value)):
+        return False
+    start, end = value
+    return -(2**53) < start < end and (end < 2**53 or end == math.inf)
 
 
 class FrameReader:

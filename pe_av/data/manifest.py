@@ -1,6 +1,6 @@
 """Manifests: which clips there are, where their sound and picture lie, and what is said of them.
 
-One clip per row of a JSONL, CSV or Parquet file, in these columns, of which any other is left alone:
+One clip per row of a JSONL (.jsonl, .ndjson, .json), CSV or Parquet file, in these columns; any other is left alone:
 
     path                      file with sound and picture; or, for only one of them or separate files,
     audio, video              file with the sound, file with the picture
@@ -11,7 +11,8 @@ One clip per row of a JSONL, CSV or Parquet file, in these columns, of which any
     id, split                 its name (else the path), and the part of the corpus that it belongs to
 
 Relative paths start from the manifest's own folder. `SHARD.tar#OFFSET+SIZE` is a file inside a tar (data/shards.py).
-A clip may lack sound, picture or captions, but needs two of the three.
+A clip may lack sound, picture or captions, but needs two of the three, unless its row says what it `lacks` or what its
+`problem` is, as rows do that were written here: training lists such a clip and goes on.
 
 A manifest of more than ten thousand rows is converted once, a batch of rows at a time, into an Arrow file beside it
 (`.clips.jsonl.arrow`; under the user's cache folder where that cannot be written), which is mapped into memory from
@@ -22,8 +23,10 @@ made of, and is made anew when that has changed.
                                             for tracks that are missing
 """
 
+import codecs
 import csv
 import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -61,6 +64,7 @@ SCHEMA = pa.schema(
     | {name: pa.float64() for name in SECONDS}
     | {name: pa.list_(pa.string()) for name in CAPTION_COLUMNS.values()}
 )
+FORMATS = {".parquet": "Parquet", ".csv": "CSV", ".jsonl": "JSONL", ".ndjson": "JSONL", ".json": "JSONL"}
 BATCH_ROWS, BATCH_CHARACTERS = 10_000, 2**25  # rows that are in memory at a time, and the captions in them
 FORMAT = 1  # of the mapped copy: another number makes it anew
 SURROGATE = re.compile("[\ud800-\udfff]")  # a lone one, or a byte that is no UTF-8
@@ -114,12 +118,12 @@ class Manifest(Sequence[Clip]):
             raise IndexError(index)
         row = index % len(self) if self.rows is None else int(self.rows[index])
         number = bisect_right(self._starts, row) - 1
-        return self._clip(self._batches[number].slice(row - self._starts[number], 1).to_pylist()[0])
+        return _clip(self._batches[number].slice(row - self._starts[number], 1).to_pylist()[0], self.folder)
 
     def __iter__(self) -> Iterator[Clip]:
         for batch in self._columns(*SCHEMA.names):
             for piece in range(0, len(batch), 1000):  # as Python objects, a batch is several times as large
-                yield from map(self._clip, batch.slice(piece, 1000).to_pylist())
+                yield from (_clip(row, self.folder) for row in batch.slice(piece, 1000).to_pylist())
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.stored is None:
@@ -176,34 +180,43 @@ class Manifest(Sequence[Clip]):
         }
 
     def write(self, path: str | Path) -> None:
-        """To a file of the format that its name says; paths below its folder are written relative to it."""
+        """To a file of the format that its name says; paths below its folder are written relative to it.
+
+        Raises:
+            ConfigError: it cannot be written there, or the format has no place for what a clip has. A file that was
+                there before then still is: the new one takes its place when it is complete.
+        """
         path = Path(path)
+        unfinished = path.with_name(f".{path.name}.part")
+        try:
+            self._write(unfinished, _format(path), path)
+            os.replace(unfinished, path)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be written ({error.strerror or error})") from None
+        finally:
+            with suppress(OSError):
+                unfinished.unlink()
+
+    def _write(self, unfinished: Path, form: str, path: Path) -> None:
         folder = os.path.abspath(path.parent)
 
         def rows() -> Iterator[dict[str, Any]]:
             return ({k: v for k, v in _entry(clip, folder).items() if v is not None} for clip in self)
 
-        if path.suffix == ".parquet":
+        if form == "Parquet":
             empty = {name for name in SCHEMA.names if all(b[name].null_count == len(b) for b in self._columns(name))}
             schema = pa.schema([column for column in SCHEMA if column.name not in empty]) if len(self) else SCHEMA
-            with pq.ParquetWriter(path, schema) as writer:
+            with pq.ParquetWriter(unfinished, schema) as writer:
                 for batch in _in_batches(check_row(row, str(path)) for row in rows()):
                     writer.write_batch(batch.select(schema.names))
-        elif path.suffix == ".csv":
-            with path.open("w", newline="", encoding="utf-8") as file:
+        elif form == "CSV":
+            with unfinished.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows() for key in _single(row, path))))
                 writer.writeheader()
                 writer.writerows(rows())
         else:
-            with path.open("w", encoding="utf-8") as file:
+            with unfinished.open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows())
-
-    def _clip(self, row: dict[str, Any]) -> Clip:
-        captions = {kind: row.pop(column) for kind, column in CAPTION_COLUMNS.items()}
-        row["captions"] = {kind: texts for kind, texts in captions.items() if texts}
-        for name in ("audio", "video"):
-            row[name] = None if row[name] is None else os.path.join(self.folder, row[name])
-        return Clip(**row | {"start": row["start"] or 0.0})
 
     def _columns(self, *names: str) -> Iterator[pa.RecordBatch]:
         """These columns of its rows, a batch at a time."""
@@ -228,7 +241,7 @@ class Manifest(Sequence[Clip]):
 
 
 def read_manifest(path: str | Path, split: str | None = None) -> Manifest:
-    """The clips of a manifest; its format is told by its name: .parquet, .csv, else JSONL.
+    """The clips of a manifest; its format is told by its name.
 
     Captions that are not UTF-8 are left out, which the clip's `problem` then says, and so are empty ones, which its
     `lacks` says.
@@ -236,14 +249,20 @@ def read_manifest(path: str | Path, split: str | None = None) -> Manifest:
     Args:
         split: only the clips of this one; None: all.
     Raises:
-        ConfigError: no such file, no clips, a row that cannot be a clip, ids that stand more than once, or no room for
-            the copy that is mapped; the message names the line.
+        ConfigError: no such file or format, no clips, a row that cannot be a clip, ids that stand more than once, or
+            no room for the copy that is mapped; the message names the line.
     """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such manifest")
     manifest = _opened(path)
     return manifest if split is None else manifest.select(split)
+
+
+def _format(path: Path) -> str:
+    if path.suffix.lower() not in FORMATS:
+        raise ConfigError(f"{path}: no format of a manifest is named so; its name must end in {', '.join(FORMATS)}")
+    return FORMATS[path.suffix.lower()]
 
 
 def _opened(path: Path) -> Manifest:
@@ -256,8 +275,10 @@ def _opened(path: Path) -> Manifest:
     with path.open("rb") as file:
         # One process of a machine converts while the others wait. The lock is on the manifest itself, so that nothing
         # is left behind, and it ends with its process. Some network file systems have none: then each converts.
+        locked = False
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
+            locked = True
         if (copy := _copy(path, places, stamp)) is not None:  # made by another process, while this one waited
             return copy
         start = list(islice(_batches(path), 2))
@@ -269,6 +290,10 @@ def _opened(path: Path) -> Manifest:
             return manifest
         reasons = []
         for place in places:
+            if locked:  # so nobody is at work on what an interrupted conversion has left
+                with suppress(OSError):
+                    for left in place.parent.glob(f"{glob.escape(place.name)}.*.part"):
+                        left.unlink()
             try:
                 return _converted(path, place, stamp)
             except OSError as error:
@@ -341,18 +366,26 @@ def _refuse_repeated(manifest: Manifest, path: Path) -> None:
     # 64-bit hashes, so that the memory is bounded; ids are compared where those are equal
     names = (name for batch in manifest._columns("id") for name in batch["id"].to_pylist())
     hashes = np.fromiter(map(hash, names), np.int64, len(manifest))
-    order = np.argsort(hashes)
+    order = np.argsort(hashes, kind="stable")
     hashes = hashes[order]
     same = np.flatnonzero(hashes[1:] == hashes[:-1])
-    repeated, seen, last = 0, set(), None
+    repeated, example, last = 0, (len(manifest), 0, ""), None
+    seen: dict[str, int] = {}
     for at in np.union1d(same, same + 1):
         if hashes[at] != last:
-            last, seen = hashes[at], set()
-        name = manifest[int(order[at])].id
-        repeated += name in seen
-        seen.add(name)
+            last, seen = hashes[at], {}
+        row = int(order[at])
+        name = manifest[row].id
+        if name in seen:
+            repeated += 1
+            example = min(example, (seen[name], row, name))
+        seen.setdefault(name, row)
     if repeated:
-        raise ConfigError(f"{path}: {repeated} ids stand more than once; give every clip its own")
+        first, second, name = example
+        raise ConfigError(
+            f"{path}: {repeated} ids stand more than once, such as {name!r} in the clips {first + 1} and {second + 1}; "
+            "give every clip its own"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -360,7 +393,7 @@ def _refuse_repeated(manifest: Manifest, path: Path) -> None:
 
 
 def _batches(path: Path) -> Iterator[pa.RecordBatch]:
-    read = {".parquet": _parquet_rows, ".csv": _csv_rows}.get(path.suffix, _jsonl_rows)
+    read = {"Parquet": _parquet_rows, "CSV": _csv_rows, "JSONL": jsonl_rows}[_format(path)]
     try:
         yield from _in_batches(check_row(row, where) for where, row in read(path))
     except OSError as error:
@@ -391,13 +424,19 @@ def _values(clip: Clip) -> list[Any]:
     return told + [clip.captions.get(kind) or None for kind in CAPTION_COLUMNS]
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file:line, its object) for every line that is not blank. Bytes that are no UTF-8 become lone surrogates.
+
+    Raises:
+        ConfigError: a line is no object.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if not line.strip():
                 continue
             try:
-                # bytes that are no UTF-8 become lone surrogates, which JSON may hold too ("\ud800")
+                # JSON may hold lone surrogates too ("\ud800")
                 row = json.loads(line.decode("utf-8", "surrogateescape"))
             except (ValueError, RecursionError) as error:
                 reason = getattr(error, "msg", error)
@@ -412,11 +451,19 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.DictReader(file)
         try:
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            _refuse_twins(reader.fieldnames, path)
             for row in reader:
                 where = f"{path}:{reader.line_num}"
                 yield where, {key: _number(key, value, where) for key, value in row.items() if key and value}
         except csv.Error as error:
             raise ConfigError(f"{path}:{reader.line_num}: not CSV ({error})") from None
+
+
+def _refuse_twins(names: Sequence[str], path: Path) -> None:
+    for name in ("path", *SCHEMA.names):
+        if names.count(name) > 1:
+            raise ConfigError(f"{path}: has {names.count(name)} columns named {name}; leave one, or name it otherwise")
 
 
 def _number(key: str, value: str, where: str) -> float | str:
@@ -435,6 +482,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             names = [name for name in file.schema_arrow.names if name == "path" or name in SCHEMA.names]
             if not names:
                 raise ConfigError(f"{path}: has no column of a manifest, such as path or caption")
+            _refuse_twins(names, path)
             number = 0
             for batch in file.iter_batches(1000, columns=names):
                 columns = [
@@ -476,19 +524,17 @@ def check_row(row: dict[str, Any], where: str) -> list[Any]:
             raise ConfigError(f'{where}: no text under "{name}"; a clip needs "path", or "audio" or "video"')
     start, end, _ = seconds = [row.get(name) for name in SECONDS]
     for name, value in zip(SECONDS, seconds, strict=True):
-        if value is not None and not _is_time(value):
+        if value is not None and not (_is_time(value) or (name == "end" and value == math.inf)):
             raise ConfigError(f"{where}: {name}={value} is not a number of seconds")
     if end is not None and end <= (start or 0):
         raise ConfigError(f"{where}: end={end} is not after start={start or 0}")
     problems, lacks = ([row[name]] if isinstance(row.get(name), str) else [] for name in ("problem", "lacks"))
     captions: list[list[str] | None] = []
-    said = False
     for column in CAPTION_COLUMNS.values():
         texts = row.get(column)
         texts = [texts] if isinstance(texts, str) else texts or []
         if not isinstance(texts, list):
             raise ConfigError(f'{where}: no text under "{column}"; it is a caption or a list of them')
-        said = said or bool(texts)
         kept = []
         for text in texts:
             if not isinstance(text, str):
@@ -501,9 +547,12 @@ def check_row(row: dict[str, Any], where: str) -> list[Any]:
                 kept.append(text)
         captions.append(kept or None)
     audio, video = audio or path, video or path
-    if not (audio or video) or (audio is not None) + (video is not None) + said < 2:
+    # what an empty or damaged caption leaves has said so: it was read once, and so must what is written of it
+    told = bool(any(captions) or problems or lacks)
+    if not (audio or video) or (audio is not None) + (video is not None) + told < 2:
         raise ConfigError(f'{where}: nothing to pair; a clip needs two of sound, picture and caption, e.g. "path": …')
-    name, split = row.get("id"), row.get("split")
+    # in CSV, what is empty is not there
+    name, split = (None if row.get(key) == "" else row.get(key) for key in ("id", "split"))
     if name is None:
         name = (path or audio or video) + (f"@{start:g}" if start else "")
     texts = [str(name), audio, video, None if split is None else str(split)]
@@ -515,8 +564,26 @@ def check_row(row: dict[str, Any], where: str) -> list[Any]:
 
 
 def _is_time(value: Any) -> bool:
-    """Whether it is seconds that float64 can hold; a part may end at infinity."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and (0 <= value < 2**53 or value == math.inf)
+    """Whether it is seconds that float64 can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 2**53
+
+
+def checked_clip(row: dict[str, Any], where: str) -> Clip:
+    """The clip that a row makes, with its paths as they stand there.
+
+    Raises:
+        ConfigError: it cannot be one.
+    """
+    return _clip(dict(zip(SCHEMA.names, check_row(row, where), strict=True)), "")
+
+
+def _clip(row: dict[str, Any], folder: str) -> Clip:
+    """Of the values of `SCHEMA`, by name."""
+    captions = {kind: row.pop(column) for kind, column in CAPTION_COLUMNS.items()}
+    row["captions"] = {kind: texts for kind, texts in captions.items() if texts}
+    for name in ("audio", "video"):
+        row[name] = None if row[name] is None else os.path.join(folder, row[name])
+    return Clip(**row | {"start": row["start"] or 0.0})
 
 
 def _entry(clip: Clip, folder: str) -> dict[str, Any]:
@@ -557,7 +624,9 @@ def measure(manifest: Manifest, threads: int = 8) -> Manifest:
 
 
 def measured(clip: Clip) -> Clip:
+    """The clip with its length, without the tracks that its files lack, which its `lacks` then says."""
     found: dict[str, Any] = {}
+    lacks = [clip.lacks] if clip.lacks else []
     lengths = []
     for kind in ("audio", "video"):
         source = getattr(clip, kind)
@@ -569,11 +638,11 @@ def measured(clip: Clip) -> Clip:
             continue
         if kind not in tracks:
             found[kind] = None
+            lacks.append(f"its file has no {kind} track")
         elif tracks[kind] is not None:
             lengths.append(max(min(tracks[kind], clip.end or tracks[kind]) - clip.start, 0.0))
-    if all(name in found for name in ("audio", "video")):
-        return clip
-    return replace(clip, **found, seconds=max(lengths, default=clip.seconds))
+    clean = replace(clip, **found, lacks="; ".join(lacks) or None, seconds=max(lengths, default=clip.seconds))
+    return clip if clean.audio is None and clean.video is None else clean
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -581,8 +650,12 @@ def main(arguments: Sequence[str]) -> None:
     if len(arguments) != 2:
         sys.exit(f"usage: {main.__doc__}")
     try:
+        out = Path(arguments[1])
+        _format(out)  # looking into every file can take hours
+        if not out.parent.is_dir():
+            raise ConfigError(f"{out}: cannot be written (no such folder)")
         manifest = measure(read_manifest(arguments[0]))
-        manifest.write(arguments[1])
+        manifest.write(out)
     except ValueError as error:
         sys.exit(f"error: {error}")
     lengths = manifest.lengths(math.inf)

@@ -404,12 +404,17 @@ class _Track:
         own, theirs = max(own, Fraction(0)), max(theirs, Fraction(0))  # what lies below, decoders drop
         self.zero = own if own <= theirs + TOGETHER else theirs  # seconds on the tracks' clock at which the file begins
         self.other_end = self.zero  # and at which the other track ends, as far as `packets` has come
-        self.promises = bool(stream.frames or stream.duration)  # whether the header says that there is something
+        # whether the file says that there is something; in Matroska, whose tracks have no length of their own, FFmpeg
+        # gives the whole file's for it, and a tag has the track's
+        tagged = container.format.name == "matroska,webm"
+        length = stream.metadata.get("DURATION", "").strip("0:.") if tagged else stream.duration
+        self.promises = bool(stream.frames or length)
 
     def packets(self) -> Iterator[Any]:
         """Those of this track, in the file's order, and PyAV's empty one, with which a decoder gives what it holds."""
         for packet in self.container.demux([self.stream] if self.other is None else [self.stream, self.other]):
             if packet.stream_index == self.stream.index:
+                self.promises = self.promises or bool(packet.size)
                 if packet.size or packet.dts is None:  # an empty one midway would end the decoding
                     yield packet
             elif packet.pts is not None and not packet.is_discard:

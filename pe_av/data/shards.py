@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ..config import ConfigError
-from .manifest import CAPTION_COLUMNS, Clip, Manifest, check_row, read_manifest
+from .manifest import CAPTION_COLUMNS, Clip, Manifest, checked_clip, read_manifest
 
 AUDIO = {"wav", "flac", "mp3", "ogg", "opus", "oga", "m4a", "aac", "wma", "aiff", "aif"}
 VIDEO = set("mp4 m4v mov mkv webm avi mpg mpeg ts mts m2ts flv wmv ogv 3gp gif".split())  # with or without sound
@@ -50,17 +50,23 @@ def pack(manifest: Manifest, folder: str | Path, shard_bytes: int = 10**9, threa
     plan = list(_plan(manifest, shard_bytes))
     note = folder / "plan.json"
     told = {"clips": len(manifest), "shards": len(plan), "ids": hashlib.sha256(repr(plan).encode()).hexdigest()}
-    if note.exists() and json.loads(note.read_text()) != told:
-        raise ConfigError(f"{folder}: holds shards of another manifest, or of other sizes; pack into another folder")
-    note.write_text(json.dumps(told))
+    if note.exists():
+        try:
+            known = json.loads(note.read_bytes())
+        except ValueError:
+            raise ConfigError(f"{note}: damaged; delete it, if the shards beside it are of this manifest") from None
+        if known != told:
+            wrong = "holds shards of another manifest, or of other sizes"
+            raise ConfigError(f"{folder}: {wrong}; pack into another folder")
+    _replace(note, json.dumps(told))
     with ThreadPoolExecutor(threads) as pool:  # reading, hashing and writing all let other threads run
         jobs = pool.map(lambda job: _pack(manifest, folder, *job), enumerate(plan))
         done = list(track(jobs, "packing", total=len(plan), console=Console(stderr=True)))
-    (folder / "SHA256SUMS").write_text("".join(f"{entry['sha256']}  {entry['shard']}\n" for entry in done))
-    clips = [_clip_from(row) for entry in done for row in entry["rows"]]
+    _replace(folder / "SHA256SUMS", "".join(f"{entry['sha256']}  {entry['shard']}\n" for entry in done))
+    clips = [checked_clip(row, entry["shard"]) for entry in done for row in entry["rows"]]
     if not clips:
         raise ConfigError(f"{folder}: none of the {len(manifest)} clips could be read")
-    _write(Manifest.of(clips, folder), folder)
+    Manifest.of(clips, folder).write(folder / "manifest.parquet")
     return {name: reason for entry in done for name, reason in entry["left_out"].items()}
 
 
@@ -93,7 +99,7 @@ def index(folder: str | Path) -> tuple[Manifest, list[str]]:
     if not clips:
         raise ConfigError("; ".join([f"{folder}: no shards with clips there", *wrong[:1]]))
     manifest = Manifest.of(clips, folder)
-    _write(manifest, folder)
+    manifest.write(folder / "manifest.parquet")
     return manifest, wrong
 
 
@@ -176,8 +182,7 @@ def _pack(manifest: Manifest, folder: Path, number: int, rows: list[int]) -> dic
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     os.replace(f"{shard}.part", shard)
     done = {"shard": shard.name, "sha256": digest, "rows": written, "left_out": left_out}
-    Path(f"{note}.part").write_text(json.dumps(done))
-    os.replace(f"{note}.part", note)
+    _replace(note, json.dumps(done))
     return done
 
 
@@ -197,13 +202,6 @@ def _entry(clip: Clip) -> dict[str, Any]:
     return {name: value for name, value in (rest | captions).items() if value is not None}
 
 
-def _clip_from(row: dict[str, Any]) -> Clip:
-    captions = {kind: row[column] for kind, column in CAPTION_COLUMNS.items() if row.get(column)}
-    captions = {kind: [texts] if isinstance(texts, str) else texts for kind, texts in captions.items()}
-    names = ("audio", "video", "start", "end", "seconds", "split", "problem", "lacks")
-    return Clip(str(row["id"]), captions=captions, **{name: row[name] for name in names if row.get(name) is not None})
-
-
 def clip_of(shard: Path, key: str, files: Files) -> tuple[Clip | None, list[str]]:
     """(the clip that a sample makes, what of it is not used, and why)."""
     row: dict[str, Any] = {}
@@ -216,6 +214,8 @@ def clip_of(shard: Path, key: str, files: Files) -> tuple[Clip | None, list[str]
         if ending == "json":
             try:
                 told = json.loads(content)
+            except RecursionError:
+                told = "nested too deeply"
             except ValueError as error:
                 told = error
             if isinstance(told, dict):
@@ -237,19 +237,20 @@ def clip_of(shard: Path, key: str, files: Files) -> tuple[Clip | None, list[str]
         wrong.append(f"its .{ending} is not used; it has another file for that")
     if not any(used.values()):
         return None, [*wrong, "not used; it has neither sound nor picture"]
-    row["caption"] = row.get("caption") or text
+    if text is not None and not row.get("caption"):
+        row["caption"] = text
     row |= {part: files[ending][0] if ending else None for part, ending in used.items()} | {"path": None}
     row["id"] = str(row.get("id") or f"{shard.stem}/{key}")
     try:
-        check_row(row, "not used")
+        return checked_clip(row, "not used"), wrong
     except ConfigError as error:
         return None, [*wrong, str(error)]
-    return _clip_from(row), wrong
 
 
-def _write(manifest: Manifest, folder: Path) -> None:
-    manifest.write(folder / "manifest.parquet.part.parquet")
-    os.replace(folder / "manifest.parquet.part.parquet", folder / "manifest.parquet")
+def _replace(path: Path, text: str) -> None:
+    """The file gets its name when it is complete."""
+    Path(f"{path}.part").write_text(text)
+    os.replace(f"{path}.part", path)
 
 
 def main(arguments: Sequence[str]) -> None:

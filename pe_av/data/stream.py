@@ -266,24 +266,31 @@ class StreamLoader:
     def _read_from(self, place: Place, bad: list[Item]) -> Iterator[tuple[Place, Sample]]:
         """The samples of this rank as they lie in the shards, epoch after epoch; `bad` hears of what is no sample."""
         epoch, first, skip = place
+        # Shards that gave nothing since the last sample. A torn one may be all that a rank has in an epoch; others come
+        # to it with the next order, and only when all that can come have failed is there nothing to go on with.
+        failed: set[str] = set()
+        reason: str | None = None
         while True:
             order = np.arange(len(self.urls))
             if self.shuffle_shards:
                 order = np.random.default_rng((self.seed, epoch)).permutation(order)
             mine = [self.urls[i] for i in order[self.rank :: self.world]]
-            any_read, reasons = first > 0 or skip > 0, []
+            candidates = set(self.urls if self.shuffle_shards else mine)
             for shard in range(first, len(mine)):
+                if skip == 0:  # else it gave samples before
+                    failed.add(mine[shard])
                 for found in read_shard(mine[shard], skip, self._stop):
                     if isinstance(found, Sample):
-                        any_read = True
+                        failed.clear()
+                        reason = None
                         yield (epoch, shard, found.number), found
                     else:
                         bad.append(found)
-                        reasons = reasons or [found["error"]]
+                        reason = reason or found["error"]
                 skip = 0
-            if not any_read:
-                why = (reasons or ["they are empty"])[0]
-                raise ConfigError(f"none of the {len(mine)} shards of rank {self.rank} gave a sample: {why}")
+                if failed >= candidates:
+                    why = reason or "they are empty"
+                    raise ConfigError(f"none of the {len(failed)} shards of rank {self.rank} gave a sample: {why}")
             epoch, first = epoch + 1, 0
 
 
