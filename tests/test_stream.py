@@ -716,4 +716,4 @@ def test_media_in_a_stream_are_what_the_files_are(tmp_path):
     ours = reader(Clip("a/both", str(files["wave.wav"]), str(files["clip.mp4"]), {None: ["a bell"]}))
     assert all(torch.equal(items[-1][part], ours[part]) for part in ("waveform", "frames"))
     batch = Collate(processor)(items)
-    assert len(batch["ids"]) == len(files) and batch["inputs"]["input_ids"].shape[0] == len(files)
+    assert len(batch["ids"]) == len(files) and batch["texts"][None]["input_ids"].shape[0] == len(files)

@@ -624,9 +624,12 @@ def measure(manifest: Manifest, threads: int = 8) -> Manifest:
 
 
 def measured(clip: Clip) -> Clip:
-    """The clip with its length, without the tracks that its files lack, which its `lacks` then says."""
+    """The clip with its length, and without the tracks that its files lack.
+
+    Where that leaves less than two things to pair, its `lacks` says so; where it leaves no file, the clip stays as
+    it is, and decoding it will name the reason.
+    """
     found: dict[str, Any] = {}
-    lacks = [clip.lacks] if clip.lacks else []
     lengths = []
     for kind in ("audio", "video"):
         source = getattr(clip, kind)
@@ -638,11 +641,16 @@ def measured(clip: Clip) -> Clip:
             continue
         if kind not in tracks:
             found[kind] = None
-            lacks.append(f"its file has no {kind} track")
         elif tracks[kind] is not None:
             lengths.append(max(min(tracks[kind], clip.end or tracks[kind]) - clip.start, 0.0))
-    clean = replace(clip, **found, lacks="; ".join(lacks) or None, seconds=max(lengths, default=clip.seconds))
-    return clip if clean.audio is None and clean.video is None else clean
+    clean = replace(clip, **found, seconds=max(lengths, default=clip.seconds))
+    left = (clean.audio is not None) + (clean.video is not None)
+    if not left:
+        return clip
+    if found and left + bool(clip.captions) < 2:
+        told = [clip.lacks] if clip.lacks else []
+        return replace(clean, lacks="; ".join([*told, f"its file has no {next(iter(found))} track"]))
+    return clean
 
 
 def main(arguments: Sequence[str]) -> None:
