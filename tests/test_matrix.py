@@ -1,7 +1,8 @@
 """Runs of every kind, killed at a random moment and resumed, must end with the weights of the uninterrupted run.
 
-The cases are generated: every pair of two options' values occurs in one of them. Ranks are real processes over gloo,
-forked from a server that has everything imported.
+The cases are generated: every pair of two options' values occurs in one of them. Each takes up to a minute on two
+cores, so all but two of them are slow tests. Ranks are real processes over gloo, forked from a server that has
+everything imported.
 """
 
 import json
@@ -294,7 +295,16 @@ def resumed_equals_uninterrupted(case: Case, corpus: Path, folder: Path, seed: i
     assert one == other
 
 
-@pytest.mark.parametrize(("seed", "case"), list(enumerate(CASES)), ids=lambda value: str(value)[:80])
+FAST = {Case("2", "ddp", "whole", "cache", "bad"), Case("2", "fsdp", "micro", "recompute", "clean")} & set(CASES)
+
+
+@pytest.mark.parametrize(
+    ("seed", "case"),
+    [
+        pytest.param(seed, case, marks=[] if case in FAST else pytest.mark.slow, id=str(case))
+        for seed, case in enumerate(CASES)
+    ],
+)
 def test_a_killed_run_of_any_kind_goes_on_to_the_bit(tmp_path: Path, corpus: Path, seed: int, case: Case):
     resumed_equals_uninterrupted(case, corpus, tmp_path, seed)
 

@@ -341,7 +341,7 @@ def test_losses_are_drawn(steps: int, tmp_path):
     ]
     del history[0]["audio_text_loss"]
     plot_losses(history, tmp_path / "alone.png")
-    plot_losses(history, tmp_path / "both.png", [{"step": steps, "R@1": {"text->audio": 40.0}}])
+    plot_losses(history, tmp_path / "both.png", [{"step": steps, "R@1/text->audio": 40.0}])
     alone, both = imread(tmp_path / "alone.png"), imread(tmp_path / "both.png")
     assert both.shape[1] > 1.5 * alone.shape[1]  # the second panel
     assert alone.std() > 0.01 and both.std() > 0.01

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pe_av.checkpoint import build_model
 from pe_av.config import CodecConfig, ParallelConfig
+from pe_av.evaluation.embed import Embedder
 from pe_av.model.codec import CodecEncoder
 from pe_av.model.peav import PEAudioVideo, PEAudioVideoOutput
 from pe_av.training.parallel import parallelize
@@ -501,7 +502,7 @@ def test_recomputed_blocks_give_the_same_gradients(batch: dict[str, Tensor], dro
     model = randomize(PEAudioVideo(config))
     expected = gradients(model, batch)
     recomputed = copy.deepcopy(model)
-    parallelize(recomputed, ParallelConfig(activation_checkpointing=True), torch.device("cpu"))
+    parallelize(recomputed, Embedder(recomputed), ParallelConfig(activation_checkpointing=True), torch.device("cpu"))
     runs = 0
 
     def count(*_: object) -> None:
