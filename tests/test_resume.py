@@ -89,7 +89,10 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path: Path, world: list[str], whole
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGINT, 130), (signal.SIGUSR1, 138)],
+)
 def test_a_signal_saves_and_leaves_with_its_code(tmp_path: Path, world: list[str], sent: signal.Signals, code: int):
     process = start(tmp_path, *world, "steps=100000", "eval_every=100000")
     while process.poll() is None and not (tmp_path / "history.jsonl").exists():
@@ -213,8 +216,8 @@ def test_ten_such_steps_end_the_run_and_harm_nothing(tmp_path: Path, world: list
     [
         ["loss=ten"],
         ["lora.rank=2"],
-        ["accumulate=2"],
-        ["optim.freeze=[text,video.vision]"],
+        pytest.param(["accumulate=2"], marks=pytest.mark.slow),
+        pytest.param(["optim.freeze=[text,video.vision]"], marks=pytest.mark.slow),
         ["optim.freeze=[text,heads.text_audio,heads.text_video,heads.text_audio_video]", "micro_batch_size=3"],
         ["loss.pairings=[{name:audio_text,left:audio,right:text_audio}]", "optim.ema=0.5"],
     ],
