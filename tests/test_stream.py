@@ -31,7 +31,7 @@ from pe_av.data import stream
 from pe_av.data.dataset import ClipReader, Collate
 from pe_av.data.manifest import Clip
 from pe_av.data.processor import Processor
-from pe_av.data.stream import StreamLoader, captions, read_shard, sample_parts, shard_urls
+from pe_av.data.stream import StreamLoader, first_samples, read_shard, shard_urls
 
 # webdataset, moto and fsspec are imported where they are used: the workers import this file for `read`, and need none
 ROOT = Path(__file__).parent.parent
@@ -198,14 +198,25 @@ def test_compressed_shards_and_captions_in_text_files(tmp_path):
     [batch] = load(str(tmp_path / "*.tar.gz"), 1, batch_size=3, shuffle_window=1)
     assert batch["values"] == ["0", "1", "2"]
     assert [item["captions"] for item in batch["items"]] == [{None: [f"a bell {i}"]} for i in range(3)]
-    assert list(captions(f"{tmp_path}/*.tar.gz", 2)) == ["a bell 0", "a bell 1"]
+    assert captions(f"{tmp_path}/*.tar.gz", 2) == ["a bell 0", "a bell 1"]
+
+
+def captions(urls: str, limit: int) -> list[str]:
+    return [text for s in first_samples(urls, limit) for texts in s.clip.captions.values() for text in texts]
+
+
+def sample_parts(urls: str, limit: int) -> set[str]:
+    """Which of sound, picture and kinds of caption occur."""
+    clips = [sample.clip for sample in first_samples(urls, limit)]
+    media = {name for clip in clips for name in ("audio", "video") if getattr(clip, name) is not None}
+    return media | {f"{kind}_caption" if kind else "caption" for clip in clips for kind in clip.captions}
 
 
 def test_what_the_first_samples_have(folder, tmp_path):
     from webdataset import TarWriter
 
     assert sample_parts(f"{folder}/*.tar", 5) == {"audio", "caption", "visual_caption"}
-    assert list(captions(f"{folder}/*.tar", 2)) == ["sound 0-00", "a", "b", "sound 0-01", "a", "b"]
+    assert captions(f"{folder}/*.tar", 2) == ["sound 0-00", "a", "b", "sound 0-01", "a", "b"]
     with TarWriter(str(tmp_path / "a.tar")) as writer:
         writer.write({"__key__": "1", "mp4": b"1"})
         writer.write({"__key__": "2", "wav": b"2", "json": {"audio_caption": "x"}})

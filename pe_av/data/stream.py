@@ -31,7 +31,7 @@ import numpy as np
 
 from ..config import ConfigError
 from .loader import AHEAD, Item, Pool, _pinned, start_pool
-from .manifest import CAPTION_COLUMNS, Clip, measured
+from .manifest import Clip, measured
 from .shards import clip_of
 
 PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds before a shard that failed is opened again
@@ -316,22 +316,6 @@ def first_samples(urls: str | Sequence[str], limit: int) -> Iterator[Sample]:
             reasons = reasons or [found["error"]]
     if not count:
         raise ConfigError(f"none of the {len(names)} shards gave a sample: {(reasons or ['they are empty'])[0]}")
-
-
-def captions(urls: str | Sequence[str], limit: int) -> Iterator[str]:
-    """All captions of all kinds of the first `limit` samples, to train a tokenizer with."""
-    for sample in first_samples(urls, limit):
-        for texts in sample.clip.captions.values():
-            yield from texts
-
-
-def sample_parts(urls: str | Sequence[str], limit: int) -> set[str]:
-    """What the first `limit` samples have: "audio", "video" (files that may hold them), and columns of captions."""
-    parts = set()
-    for sample in first_samples(urls, limit):
-        parts |= {name for name in ("audio", "video") if getattr(sample.clip, name) is not None}
-        parts |= {CAPTION_COLUMNS[kind] for kind in sample.clip.captions}
-    return parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
