@@ -4,12 +4,12 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .transformer import ACTIVATION, attend
+from .transformer import ACTIVATION, at_least_float32, attend
 
 
 def rotate_halves(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn (B, H, T, d) by `angles` (T, d/2), pairing dimension i with i + d/2, in float32."""
-    first, second = x.float().chunk(2, dim=-1)
+    """Turn (B, H, T, d) by `angles` (T, d/2), pairing dimension i with i + d/2, in float32 at least."""
+    first, second = at_least_float32(x).chunk(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
 

@@ -17,6 +17,11 @@ ACTIVATION = {
 }
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in float32, for what half precision would spoil; float64 stays, so that a model in float64 is one throughout."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, implementation: str, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor | None]:
@@ -47,7 +52,7 @@ def attend(
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(q.dtype), dropout)
+    weights = F.dropout(at_least_float32(scores).softmax(-1).to(q.dtype), dropout)
     return weights @ v, weights
 
 
@@ -59,8 +64,8 @@ def use_attention(model: nn.Module, implementation: str) -> None:
 
 
 def rotate_pairs(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn adjacent pairs of (B, H, T, d) by `angles` (B or 1, T, d/2), in float32."""
-    even, odd = rearrange(x.float(), "b h t (d two) -> two b h t d", two=2)
+    """Turn adjacent pairs of (B, H, T, d) by `angles` (B or 1, T, d/2), in float32 at least."""
+    even, odd = rearrange(at_least_float32(x), "b h t (d two) -> two b h t d", two=2)
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).to(x.dtype)
@@ -160,7 +165,7 @@ class MaskedConvBlock(nn.Module):
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
         """x (B, T, D), valid (B, T, 1) of 0 and 1 in float32 -> (B, T, D)."""
         count = valid.sum(dim=(1, 2), keepdim=True) * x.shape[-1]
-        centred = x.float() * valid
+        centred = at_least_float32(x) * valid
         centred = (centred - centred.sum(dim=(1, 2), keepdim=True) / count) * valid
         variance = centred.square().sum(dim=(1, 2), keepdim=True) / count
         normed = centred * (variance + self.eps).rsqrt() * self.weight + self.bias * valid
