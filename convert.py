@@ -6,11 +6,11 @@
 from pathlib import Path
 
 from pe_av.config import ConvertConfig
-from pe_av.config_files import run_command
+from pe_av.config.compose import run_command
 
 
 def run(config: ConvertConfig, _: Path) -> None:
-    from pe_av.conversion.convert import convert  # after the arguments have been checked: imports torch
+    from pe_av.conversion.folders import convert
 
     convert(config.source, config.target, config.to)
 

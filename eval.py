@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from pe_av.config import EvalConfig
-from pe_av.config_files import run_command
+from pe_av.config.compose import run_command
 
 
 def run(config: EvalConfig, folder: Path) -> None:
-    from pe_av.evaluation.retrieval import evaluate_checkpoint  # after the arguments have been checked: imports torch
+    from pe_av.evaluation.retrieval import evaluate_checkpoint
 
     evaluate_checkpoint(config, folder)
 

@@ -1,9 +1,9 @@
-"""Train PE-AV: `python train.py [key=value …]`; the settings and what they mean stand in pe_av/config.py."""
+"""Train PE-AV: `python train.py [key=value …]`; the settings and what they mean stand in pe_av/config/run.py."""
 
 from pathlib import Path
 
 from pe_av.config import TrainConfig
-from pe_av.config_files import run_command
+from pe_av.config.compose import run_command
 
 
 def run(config: TrainConfig, folder: Path) -> None:

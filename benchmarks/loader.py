@@ -25,13 +25,15 @@ import torchvision.transforms.v2.functional as VF
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # this checkout, installed or not
 
-from pe_av.config import ModelConfig  # noqa: E402
-from pe_av.config_files import load_preset  # noqa: E402
-from pe_av.data.dataset import ClipReader, Collate  # noqa: E402
-from pe_av.data.loader import BatchSampler, Loader  # noqa: E402
-from pe_av.data.manifest import Clip, Manifest  # noqa: E402
-from pe_av.data.processor import Processor, pad_to_hops, resample  # noqa: E402
-from pe_av.data.tokenizer import train_tokenizer  # noqa: E402
+from pe_av.config import ModelConfig
+from pe_av.config.compose import load_preset
+from pe_av.data.clips import ClipReader
+from pe_av.data.manifest import Clip, Manifest
+from pe_av.loading.batch import Collate
+from pe_av.loading.loader import Loader
+from pe_av.loading.order import BatchSampler
+from pe_av.media.processor import Processor, pad_to_hops, resample
+from pe_av.media.tokenizer import train_tokenizer
 
 FRAMES = 16
 

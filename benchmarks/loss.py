@@ -32,8 +32,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # this checkout, installed or not
 
-from pe_av.config import PAIRINGS, LossConfig, Pairing  # noqa: E402
-from pe_av.loss import BLOCK, contrastive_loss, sigmoid_loss  # noqa: E402
+from pe_av.config import PAIRINGS, LossConfig, Pairing
+from pe_av.loss import BLOCK, contrastive_loss, sigmoid_loss
 
 MIB = 2**20
 Learned = dict[str, tuple[Tensor, Tensor]]

@@ -32,8 +32,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # this checkout, installed or not
 
-from pe_av.data.loader import BatchSampler, Loader  # noqa: E402
-from pe_av.data.manifest import Clip, read_manifest  # noqa: E402
+from pe_av.data.manifest import Clip, read_manifest
+from pe_av.loading.loader import Loader
+from pe_av.loading.order import BatchSampler
 
 MIB, PIECE, WORKERS = 2**20, 100_000, 4
 
@@ -124,8 +125,8 @@ def rank(path: Path, batches: int, number: int, world: int) -> None:
     started = time.perf_counter()
     manifest = read_manifest(path)
     opened = time.perf_counter() - started
-    lengths, parts = manifest.lengths(30.0), manifest.parts()
-    sampler = BatchSampler(len(manifest), 64, shuffle=True, lengths=lengths, parts=parts, rank=number, world=world)
+    lengths, parts = manifest.lengths(30.0), manifest.modalities()
+    sampler = BatchSampler(len(manifest), 64, shuffle=True, lengths=lengths, modalities=parts, rank=number, world=world)
     del lengths, parts
     loader = Loader(manifest, tiny_item, sampler, collate, WORKERS, 60.0)
     stream = iter(loader)

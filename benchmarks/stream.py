@@ -20,8 +20,9 @@ from webdataset import TarWriter, WebDataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # this checkout, installed or not
 
-from pe_av.data.manifest import Clip  # noqa: E402
-from pe_av.data.stream import StreamLoader, read_shard  # noqa: E402
+from pe_av.data.manifest import Clip
+from pe_av.data.remote import read_shard
+from pe_av.loading.stream import StreamLoader
 
 SHARDS, BATCH = 8, 20
 

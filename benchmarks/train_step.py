@@ -19,16 +19,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # this checkout, installed or not
 
-from pe_av import build_model  # noqa: E402
-from pe_av.config import LossConfig, OptimConfig, ParallelConfig  # noqa: E402
-from pe_av.config_files import load_preset  # noqa: E402
-from pe_av.device import pick_device, precision_context  # noqa: E402
-from pe_av.evaluation.embed import Embedder  # noqa: E402
-from pe_av.loss import contrastive_loss  # noqa: E402
-from pe_av.training.log import PEAK_FLOPS  # noqa: E402
-from pe_av.training.microbatch import backward  # noqa: E402
-from pe_av.training.optim import build_optimizer, take_step  # noqa: E402
-from pe_av.training.parallel import clip_gradients, parallelize  # noqa: E402
+from pe_av import build_model
+from pe_av.config import LossConfig, OptimConfig, ParallelConfig
+from pe_av.config.compose import load_preset
+from pe_av.device import pick_device, precision_context
+from pe_av.evaluation.embed import Embedder
+from pe_av.loss import contrastive_loss
+from pe_av.training.log import PEAK_FLOPS
+from pe_av.training.microbatch import backward
+from pe_av.training.optim import build_optimizer, take_step
+from pe_av.training.parallel import clip_gradients, parallelize
 
 
 def step_of(preset: str, form: ParallelConfig, device: torch.device):

@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import ConfigError, FrameConfig, ModelConfig
-from .config_files import load_preset, model_config_yaml, read_model_config
-from .model.frame import PEAudioFrame
-from .model.peav import PEAudioVideo
+from pe_av.config import ConfigError, ModelConfig, PEAudioFrameConfig
+from pe_av.config.compose import load_preset, model_config_yaml, read_model_config
+from pe_av.model.pe_audio_frame import PEAudioFrame
+from pe_av.model.pe_audio_video import PEAudioVideo
 
 CONFIG_FILE, WEIGHTS_FILE = "config.yaml", "model.safetensors"
 
@@ -28,7 +28,7 @@ class CheckpointError(ValueError):
 
 
 def build_model(
-    config: str | ModelConfig | FrameConfig, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    config: str | ModelConfig | PEAudioFrameConfig, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> Model:
     """A model with random weights, in eval mode.
 
@@ -69,7 +69,7 @@ def load_model(
     with open_weights(path / WEIGHTS_FILE, device) as file:
         _check_fit(model, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, path)  # noqa: SIM118
         if towers is not None:
-            if isinstance(config, FrameConfig):
+            if isinstance(config, PEAudioFrameConfig):
                 raise ConfigError("towers: PEAudioFrame needs both of its towers; leave the argument out")
             model = build_model(config.keep(towers), "meta")
         # memory-mapped: what is not asked for is never read from the disk
@@ -83,7 +83,7 @@ def save_model(model: Model, path: str | Path) -> None:
     save_weights(model.config, model.state_dict(), path)
 
 
-def save_weights(config: ModelConfig | FrameConfig, weights: dict[str, Tensor], path: str | Path) -> None:
+def save_weights(config: ModelConfig | PEAudioFrameConfig, weights: dict[str, Tensor], path: str | Path) -> None:
     """`save_model` of weights that are not in a model, such as those collected from shards."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)

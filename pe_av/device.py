@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from .config import ConfigError
+from pe_av.config import ConfigError
 
 
 def pick_device(name: str) -> torch.device:

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .config import CAPTIONS, HEADS, Pairing
+from pe_av.config import CAPTIONS, HEADS, Pairing
 
 BLOCK = 2048  # rows and columns of logits computed at a time: 16 MiB, beyond which matrix products get no faster
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .config import ConfigError
+from pe_av.config import ConfigError
 
 
 @contextmanager

@@ -9,15 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pe_av.config import (
-    AudioConfig,
-    CodecConfig,
-    ModelConfig,
-    TextConfig,
-    TransformerConfig,
-    VideoConfig,
-    VisionConfig,
-)
+from pe_av.config import AudioConfig, CodecConfig, ModelConfig, TextConfig, TransformerConfig, VideoConfig, VisionConfig
 
 ROWS = ((24, 12, 5), (9, 5, 8), (15, 7, 3))  # tokens, codec frames, video frames: every input has another longest row
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PeAudioVideoModel
 
 from pe_av.config import ModelConfig
-from pe_av.model.peav import PEAudioVideo
+from pe_av.model.pe_audio_video import PEAudioVideo
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import pe_av.checkpoint
 from pe_av.checkpoint import CheckpointError, build_model, load_model, save_model
 from pe_av.config import ConfigError, RopeConfig
-from pe_av.model.peav import PEAudioVideo
+from pe_av.model.pe_audio_video import PEAudioVideo
 
 CONFIG, WEIGHTS = "config.yaml", "model.safetensors"
 

@@ -9,7 +9,7 @@ import yaml
 from conftest import small_config
 
 from pe_av.config import CodecConfig, ConfigError, EvalConfig, ModelConfig, TrainConfig
-from pe_av.config_files import check_overrides, config_dir, from_dict, load_preset, model_presets, read_yaml
+from pe_av.config.compose import check_overrides, config_dir, from_dict, load_preset, model_presets, read_yaml
 
 
 def message_of(schema: type, values: dict[str, Any]) -> str:

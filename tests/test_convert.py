@@ -46,12 +46,12 @@ from transformers import (
 )
 
 import pe_av.checkpoint
-import pe_av.conversion.convert
+import pe_av.conversion.folders
 from pe_av import PEAudioFrame, PEAudioVideo, Processor, build_model, load_model, save_model
 from pe_av.checkpoint import CheckpointError
-from pe_av.config import HEADS, ConfigError, ConvertConfig, FrameConfig
-from pe_av.config_files import check_overrides, from_dict
-from pe_av.conversion.convert import convert
+from pe_av.config import HEADS, ConfigError, ConvertConfig, PEAudioFrameConfig
+from pe_av.config.compose import check_overrides, from_dict
+from pe_av.conversion.folders import convert
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -373,7 +373,7 @@ def native_model(name: str, cls: type) -> PEAudioVideo | PEAudioFrame:
     """Of our own making: the towers of the class, random weights, and everything that transformers can hold."""
     config = SHAPES[name]()
     if cls is PeAudioFrameLevelModel:
-        config = FrameConfig(text=config.text, audio=config.audio, output_dim=config.output_dim)
+        config = PEAudioFrameConfig(text=config.text, audio=config.audio, output_dim=config.output_dim)
     elif cls is not PeAudioVideoModel:
         config.heads = ["audio", "text_audio"] if cls is PeAudioModel else ["video", "text_video"]
     return randomize(build_model(config))
@@ -617,7 +617,7 @@ def test_a_disk_that_fills_up_on_the_way(
         path.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(pe_av.conversion.convert, "save_file", half_written)
+    monkeypatch.setattr(pe_av.conversion.folders, "save_file", half_written)
     refused(source, tmp_path / "t", CheckpointError, "No space left on device.*nothing was left behind")
 
 
@@ -625,7 +625,7 @@ def test_an_interrupted_conversion_leaves_nothing(source: Path, tmp_path: Path, 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pe_av.conversion.convert, "save_file", interrupted)
+    monkeypatch.setattr(pe_av.conversion.folders, "save_file", interrupted)
     refused(source, tmp_path / "t", KeyboardInterrupt, None)
 
 

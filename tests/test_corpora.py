@@ -22,16 +22,18 @@ from test_processor import make_config, make_tokenizer
 
 from pe_av import build_model
 from pe_av.config import ConfigError, DataConfig, StampsConfig
-from pe_av.config_files import config_dir, read_yaml
+from pe_av.config.compose import config_dir, read_yaml
 from pe_av.data.cache import CachedReader, FeatureCache, identify, write_cache
-from pe_av.data.dataset import ClipReader, Collate
-from pe_av.data.loader import BatchSampler, Loader
+from pe_av.data.clips import ClipReader
 from pe_av.data.manifest import Clip, Manifest, read_manifest
-from pe_av.data.processor import Processor
 from pe_av.data.recipes import RECIPES, make_manifest
 from pe_av.data.recipes import main as recipes_main
 from pe_av.data.shards import index, pack
 from pe_av.data.stamps import find_stamps, prepare_stamps
+from pe_av.loading.batch import Collate
+from pe_av.loading.loader import Loader
+from pe_av.loading.order import BatchSampler
+from pe_av.media.processor import Processor
 
 
 def equal(one: dict, other: dict) -> bool:

@@ -23,10 +23,13 @@ from test_media import noise, write_audio, write_frames, write_wav
 from test_processor import make_config, make_tokenizer
 
 from pe_av.config import HEADS, ConfigError
-from pe_av.data.dataset import BadItems, ClipReader, Collate
-from pe_av.data.loader import BatchSampler, Loader
+from pe_av.data.clips import ClipReader
 from pe_av.data.manifest import Clip, Manifest, check_row, main, read_manifest
-from pe_av.data.processor import Processor
+from pe_av.loading.bad_items import BadItems
+from pe_av.loading.batch import Collate
+from pe_av.loading.loader import Loader
+from pe_av.loading.order import BatchSampler
+from pe_av.media.processor import Processor
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +78,7 @@ def test_every_format_keeps_every_column(tmp_path, ending):
     assert [clip.id for clip in read_manifest(tmp_path / f"m.{ending}", "eval")] == ["c", "d"]
     with pytest.raises(ConfigError, match="no clips of split=test: the manifest has eval, train"):
         found.select("test")
-    assert found.parts().tolist() == [7, 5, 3, 6, 7]
+    assert found.modalities().tolist() == [7, 5, 3, 6, 7]
     assert sorted(found.texts()) == sorted(text for c in CLIPS for texts in c.captions.values() for text in texts)
     assert found.lengths(30).tolist() == [1.75, 2.0, 30.0, 30.0, 4.0]  # of c and d nobody knows
     assert found.lengths(1.875).tolist() == [1.75, 1.875, 1.875, 1.875, 1.875]
@@ -321,7 +324,7 @@ def test_a_mapped_manifest_is_the_one_in_memory(tmp_path, ending, monkeypatch, s
         assert sorted(one.texts()) == sorted(t for c in plain for texts in c.captions.values() for t in texts)
         lengths = [min([10.0, *filter(None, [c.seconds, c.end and c.end - c.start])]) for c in plain]
         assert one.lengths(10).tolist() == lengths and one.lengths(10).dtype == np.float32
-        assert one.parts().tolist() == [7] * len(plain) and one.parts().dtype == np.uint8
+        assert one.modalities().tolist() == [7] * len(plain) and one.modalities().dtype == np.uint8
         assert {kind: has.tolist() for kind, has in one.kinds().items()} == {
             kind: [kind in c.captions for c in plain] for kind in (None, "audio", "visual", "audio_visual")
         }
@@ -461,7 +464,7 @@ def test_many_rows_take_little_memory(tmp_path):
         "def watch():\n"
         "    while not done.wait(0.01): peak[0] = max(peak[0], own())\n"
         "threading.Thread(target=watch).start()\n"
-        "m = read_manifest(sys.argv[1]); m.select('train'); m.lengths(30), m.parts(), m.kinds(); done.set()\n"
+        "m = read_manifest(sys.argv[1]); m.select('train'); m.lengths(30), m.modalities(), m.kinds(); done.set()\n"
         "print(len(m), peak[0] - before)"
     )
     converting, opening = (

@@ -9,11 +9,11 @@ from test_processor import make_tokenizer
 from torch import Tensor
 
 from pe_av.config import HEADS
-from pe_av.data.dataset import Collate
-from pe_av.data.parts import EMPTY_PART, runs_of, split_batch, with_runs
-from pe_av.data.processor import Processor
 from pe_av.evaluation.embed import Embedder, embed_clips
-from pe_av.model.peav import PEAudioVideo
+from pe_av.loading.batch import Collate
+from pe_av.loading.micro_batch import EMPTY_PART, runs_of, split_batch, with_runs
+from pe_av.media.processor import Processor
+from pe_av.model.pe_audio_video import PEAudioVideo
 from pe_av.training.microbatch import joined
 
 

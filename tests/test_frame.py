@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PeAudioFrameLevelModel
 
 from pe_av import Processor, build_model, load_model, save_model
-from pe_av.config import AudioConfig, CodecConfig, ConfigError, FrameConfig, TextConfig, TransformerConfig
-from pe_av.model.frame import PEAudioFrame, spans
+from pe_av.config import AudioConfig, CodecConfig, ConfigError, PEAudioFrameConfig, TextConfig, TransformerConfig
+from pe_av.model.pe_audio_frame import PEAudioFrame, spans
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED = {k: v for k, v in load_file(GOLDEN / "expected.safetensors").items() if k.startswith("frame.")}
@@ -26,14 +26,14 @@ ROWS = (0, 1)
 INPUTS = ("input_ids", "attention_mask", "input_values", "padding_mask")
 
 
-def golden_config() -> FrameConfig:
+def golden_config() -> PEAudioFrameConfig:
     """`golden/frame_config.json`."""
     values = json.loads((GOLDEN / "frame_config.json").read_text())
     text, dac = values["text_model"], values["audio_model"]["dac_vae_encoder"]
     temporal = values["audio_model"]["audio_transformer"]
     ids = ("model_type", "bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id")
     codec = ("sampling_rate", "encoder_hidden_size", "downsampling_ratios", "codebook_dim")
-    return FrameConfig(
+    return PEAudioFrameConfig(
         text=TextConfig(**{k: v for k, v in text.items() if k not in ids}, nth_text_layer=values["nth_text_layer"]),
         audio=AudioConfig(
             CodecConfig(**{name: dac[name] for name in codec}),
@@ -105,9 +105,9 @@ def test_every_golden_tensor_is_compared():
 # small random models
 
 
-def small_frame_config() -> FrameConfig:
+def small_frame_config() -> PEAudioFrameConfig:
     config = shape_one()
-    return FrameConfig(text=config.text, audio=config.audio, output_dim=config.output_dim)
+    return PEAudioFrameConfig(text=config.text, audio=config.audio, output_dim=config.output_dim)
 
 
 @pytest.fixture
@@ -225,7 +225,7 @@ def test_seconds_per_frame_are_the_codecs():
     codec = CodecConfig(encoder_hidden_size=2, downsampling_ratios=[2, 5], sampling_rate=100)
     config = small_frame_config()
     model = PEAudioFrame(replace(config, audio=replace(config.audio, codec=codec)))
-    assert model.seconds_per_frame == 0.1
+    assert model.seconds_per_position == 0.1
 
 
 def test_training_does_not_wait_for_spans(model: PEAudioFrame):

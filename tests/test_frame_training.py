@@ -11,12 +11,12 @@ import torch
 from sklearn.metrics import average_precision_score, f1_score, jaccard_score
 
 from pe_av import PEAudioFrame, load_model
-from pe_av.config import ConfigError, FrameDemoConfig
-from pe_av.data.frame_clips import FrameClip, read_frame_manifest
-from pe_av.data.frame_demo import prepare_frame_demo
-from pe_av.data.media import read_audio
+from pe_av.config import ConfigError, SpanDemoConfig
+from pe_av.data.span_demo import prepare_span_demo
+from pe_av.data.spans import SpanClip, read_span_manifest
 from pe_av.evaluation.localization import localization_metrics
-from pe_av.training.frame import frame_loss
+from pe_av.media.decode import read_audio
+from pe_av.training.frame import span_loss
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,7 +37,7 @@ def test_loss_is_the_sum_that_its_formula_says():
                 z = 1 if i == j and targets[i, t] else -1
                 logit = 0.7 * sum(a * b for a, b in zip(audio[i, t].tolist(), text[j].tolist(), strict=True)) - 0.3
                 expected += math.log1p(math.exp(-z * logit))
-    assert frame_loss(audio, text, scale, bias, targets, mask, captions).item() == pytest.approx(
+    assert span_loss(audio, text, scale, bias, targets, mask, captions).item() == pytest.approx(
         expected / frames, rel=1e-5
     )
 
@@ -47,7 +47,7 @@ def test_what_is_not_counted_has_no_gradient():
     text = torch.randn(2, 4)
     mask = torch.tensor([[True, True, False], [True, True, True]])
     targets, one = torch.ones(2, 3, dtype=torch.bool), torch.ones(1)
-    frame_loss(audio, text, one, one, targets, mask, torch.tensor([1, 1])).backward()
+    span_loss(audio, text, one, one, targets, mask, torch.tensor([1, 1])).backward()
     assert not audio.grad[0, 2].any() and audio.grad[0, 1].any() and audio.grad[1].any(dim=1).all()
 
 
@@ -70,7 +70,7 @@ def test_figures_are_scikit_learns(ties: bool):
 
 def test_demo_asks_for_what_is_where_it_says(tmp_path: Path):
     """Two sounds in a quiet room, one of them in the span; no combination is asked for in both sets."""
-    manifests = prepare_frame_demo(FrameDemoConfig(str(tmp_path), train_clips=12, eval_clips=8))
+    manifests = prepare_span_demo(SpanDemoConfig(str(tmp_path), train_clips=12, eval_clips=8))
     train, held_out = ([json.loads(line) for line in m.read_text().splitlines()] for m in manifests)
     assert (len(train), len(held_out)) == (12, 8)
     assert not {line["caption"] for line in train} & {line["caption"] for line in held_out}
@@ -82,7 +82,7 @@ def test_demo_asks_for_what_is_where_it_says(tmp_path: Path):
         inside = torch.arange(len(level)) / 10
         assert level[(inside >= start) & (inside < end)].max() > 0.02
         assert (level < 0.006).sum() >= 20  # two sounds leave 3.2 s, and place noise is theirs alone
-    assert prepare_frame_demo(FrameDemoConfig(str(tmp_path), train_clips=12, eval_clips=8)) == manifests
+    assert prepare_span_demo(SpanDemoConfig(str(tmp_path), train_clips=12, eval_clips=8)) == manifests
 
 
 def run(*overrides: str) -> subprocess.CompletedProcess[str]:
@@ -138,9 +138,9 @@ def test_lines_end_at_newlines_alone_and_blank_ones_are_none(tmp_path: Path):
     ]
     text = "\r\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
     (tmp_path / "m.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\n \n")
-    first, second = read_frame_manifest(tmp_path / "m.jsonl")
-    assert first == FrameClip("1:a.wav", f"{tmp_path}/a.wav", caption, [[0.0, 1.0], [2.5, 3.0]])
-    assert second == FrameClip("3:b.wav", f"{tmp_path}/b.wav", "x", [])
+    first, second = read_span_manifest(tmp_path / "m.jsonl")
+    assert first == SpanClip("1:a.wav", f"{tmp_path}/a.wav", caption, [[0.0, 1.0], [2.5, 3.0]])
+    assert second == SpanClip("3:b.wav", f"{tmp_path}/b.wav", "x", [])
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_a_line_that_is_none_is_refused_by_its_number(tmp_path: Path, change: di
     line = change if isinstance(change, bytes) else json.dumps(good | change).encode()
     (tmp_path / "m.jsonl").write_bytes(json.dumps(good).encode() + b"\n" + line)
     with pytest.raises(ConfigError, match=message) as refused:
-        read_frame_manifest(tmp_path / "m.jsonl")
+        read_span_manifest(tmp_path / "m.jsonl")
     str(refused.value).encode()  # can be printed
 
 

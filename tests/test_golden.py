@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pe_av.config import AudioConfig, CodecConfig, ModelConfig, TextConfig, TransformerConfig, VideoConfig, VisionConfig
-from pe_av.model.peav import PEAudioVideo
+from pe_av.model.pe_audio_video import PEAudioVideo
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED = load_file(GOLDEN / "expected.safetensors")

@@ -21,8 +21,10 @@ import pytest
 import torch
 
 from pe_av.config import ConfigError
-from pe_av.data.loader import WINDOW, BatchSampler, Loader, crop, read_all, start_pool
 from pe_av.data.manifest import Clip
+from pe_av.loading.loader import Loader, crop
+from pe_av.loading.order import WINDOW, BatchSampler
+from pe_av.workers import read_all, start_pool
 
 ROOT = Path(__file__).parent.parent
 
@@ -122,7 +124,7 @@ def test_a_token_budget_is_kept_and_used():
 
 def test_a_batch_pairs_the_same_things():
     parts = np.random.default_rng(0).choice([7, 5, 3], 10_000, p=[0.8, 0.15, 0.05])  # all, sound + text, picture + text
-    batches = epoch(BatchSampler(10_000, 16, shuffle=True, parts=parts))
+    batches = epoch(BatchSampler(10_000, 16, shuffle=True, modalities=parts))
     mixed = sum(len(set(parts[batch])) > 1 for batch in batches)
     assert mixed <= 2 * (10_000 // (16 * WINDOW) + 1)  # one where two kinds meet, in each window
     assert sum(set(parts[batch]) == {3} for batch in batches) > 20
@@ -152,7 +154,7 @@ def test_a_million_clips_are_planned_in_little_memory(tokens):
     lengths, parts = np.random.default_rng(0).uniform(1, 30, count), np.full(count, 7)
     tracemalloc.start()  # numpy tells it of its arrays
     try:
-        sampler = BatchSampler(count, 1024, shuffle=True, lengths=lengths, parts=parts, max_tokens=tokens)
+        sampler = BatchSampler(count, 1024, shuffle=True, lengths=lengths, modalities=parts, max_tokens=tokens)
         seen = sum(len(batch) for batch in sampler.epoch(0))
         assert tracemalloc.get_traced_memory()[1] < 40 * count
     finally:
@@ -354,7 +356,7 @@ END = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from test_loader import clips, read
-from pe_av.data.loader import start_pool
+from pe_av.workers import start_pool
 if __name__ == "__main__":
     pool = start_pool(read, 2)
     pool.read(clips("ok:1")[0]).result()

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PeAudioVideoModel
 
 from pe_av.config import PAIRINGS, ConfigError, LossConfig, Pairing
-from pe_av.config_files import config_dir, from_dict, read_yaml
+from pe_av.config.compose import config_dir, from_dict, read_yaml
 from pe_av.loss import contrastive_loss, sigmoid_loss
 from pe_av.model.heads import PairLogits
-from pe_av.model.peav import PEAudioVideo
+from pe_av.model.pe_audio_video import PEAudioVideo
 
 
 def brute_force(logits: Tensor) -> tuple[float, Tensor]:

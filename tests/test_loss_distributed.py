@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pe_av.config import CAPTIONS, HEADS, PAIRINGS, LossConfig, Pairing
-from pe_av.config_files import read_yaml
+from pe_av.config.compose import read_yaml
 from pe_av.loss import contrastive_loss, gathered_loss, sigmoid_loss
 
 ROOT = Path(__file__).parent.parent

@@ -31,19 +31,19 @@ from pe_av.checkpoint import build_model, save_model
 from pe_av.config import (
     DataConfig,
     EvalConfig,
-    FrameConfig,
-    FrameTrainConfig,
     LoraConfig,
     OptimConfig,
     ParallelConfig,
+    PEAudioFrameConfig,
+    SpanTrainConfig,
     TrainConfig,
 )
-from pe_av.config_files import from_dict
+from pe_av.config.compose import from_dict
 from pe_av.data.cache import write_cache
-from pe_av.data.loader import BatchSampler
 from pe_av.data.manifest import Clip, Manifest, read_manifest
-from pe_av.data.processor import Processor
-from pe_av.training.checkpoints import newest_whole, read_progress
+from pe_av.loading.order import BatchSampler
+from pe_av.media.processor import Processor
+from pe_av.training.states import newest_whole, read_progress
 
 BATCH, STEPS, SAVE_EVERY = 6, 6, 2
 CLIPS = 24
@@ -132,7 +132,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             BATCH,
             shuffle=True,
             lengths=np.array(seconds),
-            parts=clean_manifest.parts(),
+            modalities=clean_manifest.modalities(),
             rank=ranks - 1,
             world=ranks,
         )
@@ -203,8 +203,8 @@ def _train(config: dict[str, Any], folder: Path) -> None:
 def _train_frames(config: dict[str, Any], folder: Path) -> None:
     from pe_av.training import frame, run
 
-    frame.FrameLevel._draw = run.plot_losses = lambda *_: None
-    run.train(from_dict(FrameTrainConfig, config, source="test"), folder, frame.FrameLevel)
+    frame.SpanDetection._draw = run.plot_losses = lambda *_: None
+    run.train(from_dict(SpanTrainConfig, config, source="test"), folder, frame.SpanDetection)
 
 
 def _evaluate(config: dict[str, Any], folder: Path) -> None:
@@ -377,10 +377,10 @@ def test_frame_level_training_is_the_same_on_any_number_of_ranks_and_goes_on(tmp
     ]
     (corpus / "frames.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     small = small_config()
-    model = build_model(FrameConfig(text=small.text, audio=small.audio, output_dim=small.output_dim))
+    model = build_model(PEAudioFrameConfig(text=small.text, audio=small.audio, output_dim=small.output_dim))
     save_model(model, corpus / "frame_checkpoint")
     Processor(model.config, make_tokenizer()).save_pretrained(corpus / "frame_checkpoint")
-    config = FrameTrainConfig(
+    config = SpanTrainConfig(
         train=str(corpus / "frames.jsonl"),
         eval=str(corpus / "frames.jsonl"),
         checkpoint=str(corpus / "frame_checkpoint"),

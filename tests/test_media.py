@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from pe_av.data.media import (
+from pe_av.media.decode import (
     CHUNK,
     MediaError,
     MissingTrackError,
@@ -431,7 +431,7 @@ def test_what_is_left_out_between_wanted_frames_changes_no_pixel(tmp_path, codec
 @pytest.fixture(params=[1.0, 0.1], ids=["from the start", "seeking"])
 def preroll(request, monkeypatch):
     """With the smaller one, even files of a second are sought in."""
-    monkeypatch.setattr("pe_av.data.media.PREROLL", request.param)
+    monkeypatch.setattr("pe_av.media.decode.PREROLL", request.param)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -906,11 +906,11 @@ def test_a_size_that_cannot_be_is_refused(tmp_path, size):
 
 def test_large_frames_come_in_smaller_pieces(tmp_path, monkeypatch):
     path = write_greys(tmp_path / "a.mp4", count=7)
-    monkeypatch.setattr("pe_av.data.media.CHUNK_BYTES", 3 * 3 * HEIGHT * WIDTH)
+    monkeypatch.setattr("pe_av.media.decode.CHUNK_BYTES", 3 * 3 * HEIGHT * WIDTH)
     assert [len(piece) for piece in iter_frames(path)] == [3, 3, 1]
-    monkeypatch.setattr("pe_av.data.media.CHUNK_BYTES", 1)
+    monkeypatch.setattr("pe_av.media.decode.CHUNK_BYTES", 1)
     assert [len(piece) for piece in iter_frames(path)] == [1] * 7
-    monkeypatch.setattr("pe_av.data.media.MAX_PIXELS", HEIGHT * WIDTH - 1)
+    monkeypatch.setattr("pe_av.media.decode.MAX_PIXELS", HEIGHT * WIDTH - 1)
     with pytest.raises(MediaError, match="a.mp4: .*damaged"):
         read_frames(path)
 

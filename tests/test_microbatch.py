@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pe_av.config import LossConfig
 from pe_av.loss import contrastive_loss
-from pe_av.model.peav import PEAudioVideo
+from pe_av.model.pe_audio_video import PEAudioVideo
 from pe_av.training.microbatch import backward
 
 

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pytest
 
 from pe_av.config import ConfigError, MixConfig
-from pe_av.data.loader import BatchSampler, Loader
 from pe_av.data.manifest import Clip, Manifest
 from pe_av.data.mix import MixedManifest, Mixture, read_mix
+from pe_av.loading.loader import Loader
+from pe_av.loading.order import BatchSampler
 
 
 def manifest(name: str, count: int, seconds: float | None = 5.0, kind: str | None = None) -> Manifest:
@@ -45,7 +46,7 @@ def test_a_mixed_manifest_is_its_sets_one_after_the_other():
             clips[index]
     assert list(clips.texts()) == ["x 0", "x 1", "x 2", "y 0", "z 0", "z 1"]
     assert clips.lengths(8.0).tolist() == [4, 4, 4, 8, 2, 2]
-    assert clips.parts().tolist() == [5] * 6
+    assert clips.modalities().tolist() == [5] * 6
     assert MixedManifest(parts | {"c": manifest("z", 2, None)}, clips.mixture.weights).lengths(8.0) is None
 
 

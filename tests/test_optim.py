@@ -8,7 +8,7 @@ from conftest import alone, random_batch, randomize, small_config
 from torch import nn
 
 from pe_av.config import ConfigError, LoraConfig, OptimConfig
-from pe_av.model.peav import PEAudioVideo
+from pe_av.model.pe_audio_video import PEAudioVideo
 from pe_av.training.lora import add_adapters, merged_state_dict
 from pe_av.training.optim import AveragedWeights, build_optimizer, freeze, set_learning_rate, take_step
 

@@ -18,12 +18,12 @@ from pe_av.checkpoint import CheckpointError
 from pe_av.config import ConfigError, LossConfig, ModelConfig, OptimConfig, ParallelConfig
 from pe_av.evaluation.embed import Embedder
 from pe_av.loss import contrastive_loss
-from pe_av.model.peav import PEAudioVideo
+from pe_av.model.pe_audio_video import PEAudioVideo
 from pe_av.ranks import process_group, rank, world_size
-from pe_av.training.checkpoints import Checkpointer, damage, load, named_states, newest_whole, read_progress
 from pe_av.training.microbatch import backward
 from pe_av.training.optim import AveragedWeights, build_optimizer, take_step
 from pe_av.training.parallel import clip_gradients, parallelize
+from pe_av.training.states import Checkpointer, damage, load, named_states, newest_whole, read_progress
 
 ROWS = ((24, 6, 3), (9, 5, 4), (15, 7, 3), (11, 4, 2), (20, 6, 5), (8, 3, 1))  # divide over 1, 2 and 3 ranks
 

@@ -14,8 +14,8 @@ from transformers import PeAudioVideoConfig, PeAudioVideoModel
 
 from pe_av.checkpoint import build_model
 from pe_av.config import VisionConfig
-from pe_av.config_files import config_dir, load_preset, model_presets, read_yaml
-from pe_av.model.peav import PEAudioVideo
+from pe_av.config.compose import config_dir, load_preset, model_presets, read_yaml
+from pe_av.model.pe_audio_video import PEAudioVideo
 from pe_av.model.vit import VisionTransformer
 
 # parameters in the published model.safetensors

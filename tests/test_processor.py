@@ -14,11 +14,12 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from pe_av.config import AudioConfig, CodecConfig, ConfigError, ModelConfig, TextConfig, VideoConfig, VisionConfig
-from pe_av.config_files import model_config_yaml
-from pe_av.data.dataset import ClipReader, Collate
+from pe_av.config.compose import model_config_yaml
+from pe_av.data.clips import ClipReader
 from pe_av.data.manifest import Clip
-from pe_av.data.media import MediaError, MissingTrackError, read_audio, read_frames
-from pe_av.data.processor import Processor, pad_to_hops
+from pe_av.loading.batch import Collate
+from pe_av.media.decode import MediaError, MissingTrackError, read_audio, read_frames
+from pe_av.media.processor import Processor, pad_to_hops
 
 SIZE = 28
 HOP = 1920

@@ -24,12 +24,12 @@ import pe_av.training.contrastive
 from pe_av import load_model
 from pe_av.checkpoint import CheckpointError
 from pe_av.config import ConfigError, TrainConfig
-from pe_av.config_files import config_dir, from_dict
+from pe_av.config.compose import config_dir, from_dict
 from pe_av.device import precision_context
 from pe_av.loss import LossOutput, contrastive_loss
-from pe_av.training.checkpoints import damage, newest_whole
 from pe_av.training.contrastive import Contrastive
 from pe_av.training.run import MOST_SKIPPED, Run, Stopped
+from pe_av.training.states import damage, newest_whole
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["data.demo.train_clips=24", "data.demo.eval_clips=4", "batch_size=8", "data.num_workers=0", "log_every=1"]

@@ -27,11 +27,13 @@ from test_media import write_audio, write_wav
 from test_processor import make_config, make_tokenizer
 
 from pe_av.config import ConfigError
-from pe_av.data import stream
-from pe_av.data.dataset import ClipReader, Collate
+from pe_av.data.clips import ClipReader
 from pe_av.data.manifest import Clip
-from pe_av.data.processor import Processor
-from pe_av.data.stream import StreamLoader, first_samples, read_shard, shard_urls
+from pe_av.data.remote import first_samples, read_shard, shard_urls
+from pe_av.loading import stream
+from pe_av.loading.batch import Collate
+from pe_av.loading.stream import StreamLoader
+from pe_av.media.processor import Processor
 
 # webdataset, moto and fsspec are imported where they are used: the workers import this file for `read`, and need none
 ROOT = Path(__file__).parent.parent

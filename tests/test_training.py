@@ -20,12 +20,12 @@ from torch import Tensor
 
 from pe_av import Processor, load_model
 from pe_av.config import ConfigError, Pairing, TrainConfig
-from pe_av.config_files import config_dir, from_dict
-from pe_av.data.dataset import BadItems
+from pe_av.config.compose import config_dir, from_dict
 from pe_av.data.manifest import read_manifest
-from pe_av.data.tokenizer import train_tokenizer
 from pe_av.evaluation.embed import embed_files
+from pe_av.loading.bad_items import BadItems
 from pe_av.loss import LossOutput
+from pe_av.media.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 SMALL = [

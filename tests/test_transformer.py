@@ -15,7 +15,7 @@ from transformers.models.pe_audio import PeAudioEncoderConfig
 
 from pe_av.config import ACTIVATIONS, ConfigError, ModelConfig, RopeConfig, TransformerConfig
 from pe_av.model.build import build_temporal
-from pe_av.model.peav import PEAudioVideo
+from pe_av.model.pe_audio_video import PEAudioVideo
 from pe_av.model.transformer import TemporalTransformer, attend, rotary_angles
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

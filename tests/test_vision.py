@@ -10,7 +10,7 @@ from published_names import from_timm
 from torch import nn
 
 from pe_av.config import VisionConfig
-from pe_av.config_files import config_dir, read_yaml
+from pe_av.config.compose import config_dir, read_yaml
 from pe_av.model.vit import VisionTransformer
 
 

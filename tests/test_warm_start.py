@@ -23,9 +23,9 @@ from transformers import DacConfig, DacModel, ModernBertConfig, ModernBertForMas
 from pe_av import PEAudioVideo, build_model, load_model
 from pe_av.checkpoint import CheckpointError
 from pe_av.config import CodecConfig, ConfigError, InitConfig, ModelConfig, TextConfig, TrainConfig
-from pe_av.config_files import config_dir, from_dict
+from pe_av.config.compose import config_dir, from_dict
 from pe_av.conversion.warm_start import fold_weight_norm, warm_start
-from pe_av.data.tokenizer import train_tokenizer
+from pe_av.media.tokenizer import train_tokenizer
 from pe_av.training.contrastive import Contrastive
 from pe_av.training.run import Run
 

@@ -12,17 +12,17 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from ..config import (
+from pe_av.config import (
     HEADS,
     CodecConfig,
     ConfigError,
-    FrameConfig,
     ModelConfig,
+    PEAudioFrameConfig,
     TextConfig,
     TransformerConfig,
     VisionConfig,
 )
-from ..config_files import config_dir, from_dict, read_yaml
+from pe_av.config.compose import config_dir, from_dict, read_yaml
 
 Section = dict[str, Any]
 
@@ -76,7 +76,7 @@ TIMM_FIXED |= {"rope_grid_indexing": "xy", "attn_pool_mlp_ratio": 4.0, "in_chans
 # to ours
 
 
-def read_published_config(folder: Path) -> tuple[ModelConfig | FrameConfig, str]:
+def read_published_config(folder: Path) -> tuple[ModelConfig | PEAudioFrameConfig, str]:
     """The model that `config.json` describes, and of which library it is: "hf" or "original".
 
     Raises:
@@ -102,7 +102,7 @@ def read_published_config(folder: Path) -> tuple[ModelConfig | FrameConfig, str]
     )
 
 
-def _from_original(values: Section, source: str) -> ModelConfig | FrameConfig:
+def _from_original(values: Section, source: str) -> ModelConfig | PEAudioFrameConfig:
     shared = {"text": _text(MODERNBERT | values["text_model"], values["nth_text_layer"], source)}
     shared["output_dim"] = values["output_dim"]
     audio_visual = values.get("audio_visual_model")
@@ -112,7 +112,7 @@ def _from_original(values: Section, source: str) -> ModelConfig | FrameConfig:
         "transformer": _temporal_original(audio["audio_transformer"], source),
     }
     if audio_visual is None:
-        return from_dict(FrameConfig, shared, source)
+        return from_dict(PEAudioFrameConfig, shared, source)
     video = audio_visual["visual_model"]
     shared["video"] = {
         "vision": asdict(_vision_preset(video["pe_encoder"], source)),
@@ -128,7 +128,7 @@ def _temporal_original(section: Section, source: str) -> Section:
     return _temporal({**section, "head_dim": head_dim}, source)
 
 
-def _from_hf(values: Section, folder: Path) -> ModelConfig | FrameConfig:
+def _from_hf(values: Section, folder: Path) -> ModelConfig | PEAudioFrameConfig:
     source, kind = str(folder / "config.json"), values["model_type"]
     text = MODERNBERT | HF_TEXT | (values.get("text_config") or {})
     shared: Section = {"text": _text(text, text["num_hidden_layers"], source), "output_dim": text["hidden_size"]}
@@ -155,7 +155,7 @@ def _from_hf(values: Section, folder: Path) -> ModelConfig | FrameConfig:
         return from_dict(ModelConfig, shared | {"heads": ["video", "text_video"]}, source)
     architectures = values.get("architectures") or []
     if "PeAudioFrameLevelModel" in architectures:
-        return from_dict(FrameConfig, shared, source)
+        return from_dict(PEAudioFrameConfig, shared, source)
     if "PeAudioModel" in architectures:
         return from_dict(ModelConfig, shared | {"heads": ["audio", "text_audio"]}, source)
     raise ConfigError(
@@ -300,7 +300,7 @@ def _read_json(path: Path) -> Section:
 # to transformers
 
 
-def hf_model_config(config: ModelConfig | FrameConfig) -> ModelConfig | FrameConfig:
+def hf_model_config(config: ModelConfig | PEAudioFrameConfig) -> ModelConfig | PEAudioFrameConfig:
     """The part of the model that transformers can hold: it reads the last text layer, so those after
     `nth_text_layer`, which never run, stay behind.
 
@@ -329,7 +329,7 @@ def hf_model_config(config: ModelConfig | FrameConfig) -> ModelConfig | FrameCon
 _HF_CLASSES = (tuple(HEADS), ("audio", "text_audio"), ("video", "text_video"))
 
 
-def hf_files(config: ModelConfig | FrameConfig, tokenizer: Tokenizer | None, dtype: str) -> dict[str, str]:
+def hf_files(config: ModelConfig | PEAudioFrameConfig, tokenizer: Tokenizer | None, dtype: str) -> dict[str, str]:
     """The files beside the weights, by name, of what `hf_model_config` gave.
 
     Args:
@@ -340,8 +340,8 @@ def hf_files(config: ModelConfig | FrameConfig, tokenizer: Tokenizer | None, dty
     audio["dac_config"] = {"model_type": "dac", **{key: getattr(config.audio.codec, key) for key in HF_CODEC}}
     audio["dac_config"]["sampling_rate"] = config.audio.codec.sampling_rate
     values: Section = {"dtype": dtype, "text_config": text, "transformers_version": "5.23.0"}
-    if isinstance(config, FrameConfig) or set(config.heads) == {"audio", "text_audio"}:
-        name = "PeAudioFrameLevelModel" if isinstance(config, FrameConfig) else "PeAudioModel"
+    if isinstance(config, PEAudioFrameConfig) or set(config.heads) == {"audio", "text_audio"}:
+        name = "PeAudioFrameLevelModel" if isinstance(config, PEAudioFrameConfig) else "PeAudioModel"
         values |= {"architectures": [name], "model_type": "pe_audio", "audio_config": audio}
         parts = {"feature_extractor": _hf_feature_extractor(config.audio.codec)}
         processor = "PeAudioProcessor"

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..checkpoint import WEIGHTS_FILE, CheckpointError, open_weights
-from ..config import InitConfig
-from ..model.peav import PEAudioVideo
-from .names import CODEC, MODERNBERT, PE_CORE, TIMM, Rules, Stored, renamed, same, stored_by_pe_core
+from pe_av.checkpoint import WEIGHTS_FILE, CheckpointError, open_weights
+from pe_av.config import InitConfig
+from pe_av.conversion.names import CODEC, MODERNBERT, PE_CORE, TIMM, Rules, Stored, renamed, same, stored_by_pe_core
+from pe_av.model.pe_audio_video import PEAudioVideo
 
 OUTSIDE = "../"  # begins the names of what a larger model has beside the part
 

@@ -29,16 +29,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoint import load_model
-from ..config import ConfigError, DataConfig
-from ..device import pick_device
-from ..model.peav import PEAudioVideo
-from ..ranks import of_rank_0, rank
-from .dataset import ClipReader
-from .loader import read_all
-from .manifest import Clip, Manifest, read_manifest
-from .media import source_path
-from .processor import Processor
+from pe_av.checkpoint import load_model
+from pe_av.config import ConfigError, DataConfig
+from pe_av.data.clips import ClipReader
+from pe_av.data.manifest import Clip, Manifest, read_manifest
+from pe_av.device import pick_device
+from pe_av.media.decode import source_path
+from pe_av.media.processor import Processor
+from pe_av.model.pe_audio_video import PEAudioVideo
+from pe_av.ranks import of_rank_0, rank
+from pe_av.workers import read_all
 
 PARTS = {"codec": "codec_features", "frames": "frame_features"}
 SOURCES = {"codec": "audio", "frames": "video"}  # the file of a clip that a part is computed from

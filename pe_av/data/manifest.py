@@ -51,8 +51,8 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
 
-from ..config import CAPTIONS, ConfigError
-from .media import MediaError, probe
+from pe_av.config import CAPTIONS, ConfigError
+from pe_av.media.decode import MediaError, probe
 
 # kind of caption (None: it tells of all) -> column
 CAPTION_COLUMNS: dict[str | None, str] = {None: "caption"} | {kind: f"{kind}_caption" for kind in CAPTIONS}
@@ -167,7 +167,7 @@ class Manifest(Sequence[Clip]):
             return None
         return self._gather(length, np.float32, *SECONDS)
 
-    def parts(self) -> np.ndarray:
+    def modalities(self) -> np.ndarray:
         """(N,) uint8, which of sound (4), picture (2) and captions (1) each clip has."""
         sound, picture = (self._gather(lambda b, n=n: b[n].is_valid(), np.uint8, n) for n in ("audio", "video"))
         return 4 * sound + 2 * picture + np.any(list(self.kinds().values()), axis=0)

@@ -15,8 +15,8 @@ from itertools import accumulate
 
 import numpy as np
 
-from ..config import ConfigError, MixConfig
-from .manifest import Clip, Manifest, read_manifest
+from pe_av.config import ConfigError, MixConfig
+from pe_av.data.manifest import Clip, Manifest, read_manifest
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ class MixedManifest(Sequence[Clip]):
         found = [manifest.lengths(max_seconds) for manifest in self.manifests.values()]
         return None if any(lengths is None for lengths in found) else np.concatenate(found)
 
-    def parts(self) -> np.ndarray:
+    def modalities(self) -> np.ndarray:
         """(N,) which of sound (4), picture (2) and captions (1) each clip has."""
-        return np.concatenate([manifest.parts() for manifest in self.manifests.values()])
+        return np.concatenate([manifest.modalities() for manifest in self.manifests.values()])
 
     def kinds(self) -> dict[str | None, np.ndarray]:
         """Kind of caption -> (N,) whether each clip has one of that kind."""

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..config import ConfigError
-from .manifest import Clip, Manifest
+from pe_av.config import ConfigError
+from pe_av.data.manifest import Clip, Manifest
 
 # What a recipe yields: clips whose `audio` and `video` are paths relative to ROOT without their endings, or None.
 Rows = Iterator[Clip]

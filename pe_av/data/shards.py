@@ -25,8 +25,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from ..config import ConfigError
-from .manifest import CAPTION_COLUMNS, Clip, Manifest, checked_clip, read_manifest
+from pe_av.config import ConfigError
+from pe_av.data.manifest import CAPTION_COLUMNS, Clip, Manifest, checked_clip, read_manifest
 
 AUDIO = {"wav", "flac", "mp3", "ogg", "opus", "oga", "m4a", "aac", "wma", "aiff", "aif"}
 VIDEO = set("mp4 m4v mov mkv webm avi mpg mpeg ts mts m2ts flv wmv ogv 3gp gif".split())  # with or without sound

@@ -27,10 +27,10 @@ from rich.console import Console
 from rich.progress import track
 from torchvision.io import ImageReadMode, decode_image
 
-from ..config import ConfigError, StampsConfig
-from .demo import FRAME_RATE, SAMPLE_RATE, write_mp4
-from .media import MediaError, read_audio
-from .processor import resample
+from pe_av.config import ConfigError, StampsConfig
+from pe_av.data.demo import FRAME_RATE, SAMPLE_RATE, write_mp4
+from pe_av.media.decode import MediaError, read_audio
+from pe_av.media.processor import resample
 
 VERSION = 1  # of what is rendered
 SIDE = 96  # pixels

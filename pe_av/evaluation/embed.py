@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-from ..checkpoint import load_model
-from ..config import ConfigError
-from ..data.parts import EMPTY_PART, runs_of, split_batch, to_device, with_runs
-from ..data.processor import Processor
-from ..model.peav import PEAudioVideo
-from ..ranks import of_all_ranks, rank, world_size
+from pe_av.checkpoint import load_model
+from pe_av.config import ConfigError
+from pe_av.loading.micro_batch import EMPTY_PART, runs_of, split_batch, to_device, with_runs
+from pe_av.media.processor import Processor
+from pe_av.model.pe_audio_video import PEAudioVideo
+from pe_av.ranks import of_all_ranks, rank, world_size
 
 
 class Embedder(nn.Module):
@@ -61,7 +61,7 @@ def embed_clips(
 
     Args:
         embedder: a part of a batch -> name -> (B, D), as `Embedder` is, or is inside of.
-        batches: those of this rank, as `data.dataset.Collate` makes them; as many on every rank, of which the last may
+        batches: those of this rank, as `loading.batch.Collate` makes them; as many on every rank, of which the last may
             be empty. Batch b of rank r is number b · world + r of all.
     """
     was_training = embedder.training

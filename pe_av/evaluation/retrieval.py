@@ -5,18 +5,21 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ..checkpoint import load_model
-from ..config import ConfigError, EvalConfig
-from ..data.cache import reader_for
-from ..data.dataset import BadItems, Collate, open_manifest
-from ..data.loader import BatchSampler, Loader
-from ..data.processor import Processor
-from ..device import pick_device, precision_context
-from ..model.peav import PEAudioVideo
-from ..ranks import process_group, rank, world_size
-from .embed import Embedder, embed_clips
-from .metrics import evaluate_embeddings
-from .report import plot_similarity, print_table, write_metrics
+from pe_av.checkpoint import load_model
+from pe_av.config import ConfigError, EvalConfig
+from pe_av.data.cache import reader_for
+from pe_av.data.clips import open_manifest
+from pe_av.device import pick_device, precision_context
+from pe_av.evaluation.embed import Embedder, embed_clips
+from pe_av.evaluation.metrics import evaluate_embeddings
+from pe_av.evaluation.report import plot_similarity, print_table, write_metrics
+from pe_av.loading.bad_items import BadItems
+from pe_av.loading.batch import Collate
+from pe_av.loading.loader import Loader
+from pe_av.loading.order import BatchSampler
+from pe_av.media.processor import Processor
+from pe_av.model.pe_audio_video import PEAudioVideo
+from pe_av.ranks import process_group, rank, world_size
 
 
 def evaluate_checkpoint(config: EvalConfig, folder: Path) -> dict[str, dict[str, float | int]]:

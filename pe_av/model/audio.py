@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from .codec import CodecEncoder
-from .transformer import TemporalTransformer
+from pe_av.model.codec import CodecEncoder
+from pe_av.model.transformer import TemporalTransformer
 
 
 class AudioEncoder(nn.Module):

@@ -3,14 +3,14 @@
 import torch
 from torch import nn
 
-from ..config import AudioConfig, CodecConfig, ModelConfig, TextConfig, TransformerConfig, VideoConfig, VisionConfig
-from .audio import AudioEncoder
-from .codec import CodecEncoder
-from .fusion import FusionEncoder
-from .text import ModernBERT
-from .transformer import TemporalTransformer
-from .video import VideoEncoder
-from .vit import AttentionPool, VisionTransformer
+from pe_av.config import AudioConfig, CodecConfig, ModelConfig, TextConfig, TransformerConfig, VideoConfig, VisionConfig
+from pe_av.model.audio import AudioEncoder
+from pe_av.model.codec import CodecEncoder
+from pe_av.model.fusion import FusionEncoder
+from pe_av.model.text import ModernBERT
+from pe_av.model.transformer import TemporalTransformer
+from pe_av.model.video import VideoEncoder
+from pe_av.model.vit import AttentionPool, VisionTransformer
 
 
 def build_text(config: TextConfig, attention: str) -> ModernBERT:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import TextConfig
-from .audio import AudioEncoder
-from .text import ModernBERT
-from .video import VideoEncoder, scale_frames
+from pe_av.config import TextConfig
+from pe_av.model.audio import AudioEncoder
+from pe_av.model.text import ModernBERT
+from pe_av.model.video import VideoEncoder, scale_frames
 
 
 @dataclass

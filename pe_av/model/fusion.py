@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from .align import align
-from .transformer import TemporalTransformer
+from pe_av.model.align import align
+from pe_av.model.transformer import TemporalTransformer
 
 
 class FusionEncoder(nn.Module):

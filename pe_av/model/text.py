@@ -4,7 +4,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .transformer import ACTIVATION, at_least_float32, attend
+from pe_av.model.transformer import ACTIVATION, at_least_float32, attend
 
 
 def rotate_halves(x: Tensor, angles: Tensor) -> Tensor:

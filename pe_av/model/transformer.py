@@ -7,7 +7,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from ..config import RopeConfig
+from pe_av.config import RopeConfig
 
 ACTIVATION = {
     "silu": F.silu,
@@ -18,7 +18,7 @@ ACTIVATION = {
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """`x` in float32, for what half precision would spoil; float64 stays, so that a model in float64 is one throughout."""
+    """`x` in float32, where half precision is not enough; float64 stays float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .transformer import TemporalTransformer
-from .vit import VisionTransformer
+from pe_av.model.transformer import TemporalTransformer
+from pe_av.model.vit import VisionTransformer
 
 
 def scale_frames(frames: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .transformer import attend, rotate_pairs
+from pe_av.model.transformer import attend, rotate_pairs
 
 
 def grid_angles(grid: int, head_dim: int, theta: float, class_token: bool, device: torch.device) -> Tensor:

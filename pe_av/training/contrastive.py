@@ -12,19 +12,20 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor, nn
 
-from ..config import HEADS, PAIRINGS, ConfigError, Pairing, TrainConfig
-from ..data.dataset import SUBSTITUTES, open_manifest, tells
-from ..data.manifest import Manifest
-from ..data.parts import EMPTY_PART, runs_of, split_batch, text_name, with_runs
-from ..evaluation.embed import EmbeddedClips, Embedder, embed_clips
-from ..evaluation.metrics import DIRECTIONS, evaluate_embeddings, public_name
-from ..evaluation.report import plot_similarity, print_table, write_metrics
-from ..loss import contrastive_loss
-from ..ranks import rank, world_size
-from .lora import add_adapters
-from .optim import freeze
-from .run import Evaluation
-from .setup import prepare_loaders, prepare_model, training_clips, watch_loader
+from pe_av.config import HEADS, PAIRINGS, ConfigError, Pairing, TrainConfig
+from pe_av.data.clips import open_manifest
+from pe_av.data.manifest import Manifest
+from pe_av.evaluation.embed import EmbeddedClips, Embedder, embed_clips
+from pe_av.evaluation.metrics import DIRECTIONS, evaluate_embeddings, public_name
+from pe_av.evaluation.report import plot_similarity, print_table, write_metrics
+from pe_av.loading.batch import SUBSTITUTES, tells, text_name
+from pe_av.loading.micro_batch import EMPTY_PART, runs_of, split_batch, with_runs
+from pe_av.loss import contrastive_loss
+from pe_av.ranks import rank, world_size
+from pe_av.training.lora import add_adapters
+from pe_av.training.optim import freeze
+from pe_av.training.run import Evaluation
+from pe_av.training.setup import prepare_loaders, prepare_model, training_clips, watch_loader
 
 
 class Contrastive:
@@ -209,11 +210,11 @@ def trainable_pairings(pairings: Sequence[Pairing], clips: Manifest, console: Co
     Raises:
         ConfigError: none with a weight is left.
     """
-    parts, kinds = clips.parts(), clips.kinds()
-    media = {"audio": parts & 4 > 0, "video": parts & 2 > 0}
+    modalities, kinds = clips.modalities(), clips.kinds()
+    media = {"audio": modalities & 4 > 0, "video": modalities & 2 > 0}
     kept, left_out = [], []
     for pairing in pairings:
-        rows = np.ones(len(parts), dtype=bool)
+        rows = np.ones(len(modalities), dtype=bool)
         for side in (pairing.left, pairing.right):
             for tower in HEADS[side]:
                 rows &= media.get(tower, True)
@@ -221,7 +222,7 @@ def trainable_pairings(pairings: Sequence[Pairing], clips: Manifest, console: Co
                 rows &= _told(side, pairing.caption, kinds)
         (kept if rows.sum() >= 2 else left_out).append(pairing)
     if not any(pairing.weight for pairing in kept):
-        has = [name for name, flags in (media | {"captions": parts & 1 > 0}).items() if flags.any()]
+        has = [name for name, flags in (media | {"captions": modalities & 1 > 0}).items() if flags.any()]
         raise ConfigError(
             f"loss: none of {', '.join(p.name for p in pairings if p.weight)} can be trained: the clips have "
             f"{' and '.join(has)}, and no two clips both sides of one; give such clips, or other pairings or weights"
@@ -233,7 +234,7 @@ def trainable_pairings(pairings: Sequence[Pairing], clips: Manifest, console: Co
 
 
 def _told(side: str, kind: str | None, kinds: Mapping[str | None, np.ndarray]) -> np.ndarray:
-    """(N,) whether a clip has a caption that stands for `kind` in this embedding, as `data.dataset.Collate` chooses."""
+    """(N,) whether a clip has a caption that stands for `kind` in this embedding, as `Collate` chooses."""
     told = np.zeros(len(kinds[None]), dtype=bool)
     chosen = np.zeros_like(told)
     for own in SUBSTITUTES[kind]:

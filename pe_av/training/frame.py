@@ -18,26 +18,27 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..config import ConfigError, FrameTrainConfig
-from ..config_files import run_command
-from ..data.dataset import load_into_memory
-from ..data.frame_clips import FrameClip, FrameCollate, FrameReader, read_frame_manifest
-from ..data.frame_demo import prepare_frame_demo
-from ..data.loader import BatchSampler, Loader
-from ..data.parts import to_device
-from ..data.processor import Processor
-from ..evaluation.localization import localization_metrics
-from ..model.frame import PEAudioFrame
-from ..ranks import of_all_ranks, rank, world_size
-from .optim import freeze
-from .parallel import share_weights
-from .run import Evaluation, train
-from .setup import calibrate, start_model, tokenizer_of_rank_0
+from pe_av.config import ConfigError, SpanTrainConfig
+from pe_av.config.compose import run_command
+from pe_av.data.span_demo import prepare_span_demo
+from pe_av.data.spans import SpanClip, SpanReader, read_span_manifest
+from pe_av.evaluation.localization import localization_metrics
+from pe_av.loading.loader import Loader, load_into_memory
+from pe_av.loading.micro_batch import to_device
+from pe_av.loading.order import BatchSampler
+from pe_av.loading.span_batch import SpanCollate
+from pe_av.media.processor import Processor
+from pe_av.model.pe_audio_frame import PEAudioFrame
+from pe_av.ranks import of_all_ranks, rank, world_size
+from pe_av.training.optim import freeze
+from pe_av.training.parallel import share_weights
+from pe_av.training.run import Evaluation, train
+from pe_av.training.setup import calibrate, start_model, tokenizer_of_rank_0
 
 FIGURES = ("AP", "F1", "best F1", "IoU")
 
 
-def frame_loss(
+def span_loss(
     audio: Tensor,
     text: Tensor,
     scale: Tensor,
@@ -85,17 +86,17 @@ class FrameEmbedder(nn.Module):
         return {name: value[: part["size"]] for name, value in found.items()}
 
 
-class FrameLevel:
+class SpanDetection:
     """The `run.Task` of `python -m pe_av.training.frame`."""
 
     figures = [*FIGURES, "held_out_loss"]
     falling = ["held_out_loss"]
 
-    def __init__(self, config: FrameTrainConfig, device: torch.device, console: Console, tokenizer: str | None):
+    def __init__(self, config: SpanTrainConfig, device: torch.device, console: Console, tokenizer: str | None):
         self.config, self.device = config, device
         demo = config.train is None
-        manifests = prepare_frame_demo(config.demo) if demo else (Path(config.train), Path(config.eval))
-        clips = [read_frame_manifest(path) for path in manifests]
+        manifests = prepare_span_demo(config.demo) if demo else (Path(config.train), Path(config.eval))
+        clips = [read_span_manifest(path) for path in manifests]
         self.items = sum(map(len, clips))
         if len(clips[0]) < config.batch_size:
             raise ConfigError(f"{len(clips[0])} recordings do not fill batch_size={config.batch_size}: lower it")
@@ -148,7 +149,7 @@ class FrameLevel:
         text, captions = (_TextsOfAll.apply(value, rows) for value in (embeds["text"], given["captions"]))
         scale, bias = _OfAllFrames.apply(pair.scale), _OfAllFrames.apply(pair.bias)
         first = sum(rows[: rank()])
-        mine = frame_loss(
+        mine = span_loss(
             embeds["audio"], text, scale, bias, given["targets"], given["mask"], captions, first, counts["frames"]
         )
         total = mine.detach().clone()
@@ -172,7 +173,7 @@ class FrameLevel:
             if part is not None:
                 given = to_device({name: batch[name] for name in ("targets", "mask", "captions")}, self.device)
                 target, mask = given["targets"], given["mask"]
-                loss = frame_loss(found["audio"], found["text"], pair.scale, pair.bias, target, mask, given["captions"])
+                loss = span_loss(found["audio"], found["text"], pair.scale, pair.bias, target, mask, given["captions"])
                 lengths, probability = mask.sum(1).tolist(), found["logits"].float().sigmoid().cpu()
                 told["loss"] = loss.item()
                 told["rows"] = [(probability[i, :n], batch["targets"][i, :n]) for i, n in enumerate(lengths)]
@@ -202,10 +203,10 @@ class FrameLevel:
         self.train_loader.close()
         self.eval_loader.close()
 
-    def _loader(self, clips: Sequence[FrameClip], training: bool, in_memory: bool) -> Loader:
+    def _loader(self, clips: Sequence[SpanClip], training: bool, in_memory: bool) -> Loader:
         config, read, workers = (
             self.config,
-            FrameReader(self.processor, self.config.max_seconds),
+            SpanReader(self.processor, self.config.max_seconds),
             self.config.num_workers,
         )
         items: Sequence[Any] = clips
@@ -220,10 +221,10 @@ class FrameLevel:
             items, read, workers = load_into_memory(clips, read, workers, encoder, title, config.time_limit), dict, 0
         size = config.batch_size if training else config.eval_batch_size
         sampler = BatchSampler(len(clips), size, shuffle=training, seed=config.seed, rank=rank(), world=world_size())
-        collate = FrameCollate(self.processor, self.model.seconds_per_frame)
+        collate = SpanCollate(self.processor, self.model.seconds_per_position)
         return Loader(items, read, sampler, collate, workers, config.time_limit, self.device.type == "cuda")
 
-    def _model(self, clips: Sequence[FrameClip], tokenizer: str | None) -> tuple[PEAudioFrame, Processor]:
+    def _model(self, clips: Sequence[SpanClip], tokenizer: str | None) -> tuple[PEAudioFrame, Processor]:
         config, device = self.config, self.device
         model = start_model(config, device)
         if not isinstance(model, PEAudioFrame):
@@ -236,7 +237,7 @@ class FrameLevel:
             words = tokenizer_of_rank_0(lambda: (c.caption for c in clips), config.model.text.vocab_size)
         processor = Processor(config.model, words)
         if rank() == 0 and not config.model.audio.codec.trainable:
-            read = FrameReader(processor, config.max_seconds)
+            read = SpanReader(processor, config.max_seconds)
             waveforms = (item["waveform"] for item in map(read, clips) if "waveform" in item)
             calibrate(model.audio.codec, waveforms, config.model.audio.codec.sampling_rate, device)
         return model, processor
@@ -244,7 +245,7 @@ class FrameLevel:
     def _draw(self, scores: Sequence[Tensor], targets: Sequence[Tensor], path: Path) -> None:
         figure = Figure(figsize=(9, 6), layout="constrained")
         for axis, score, target in zip(figure.subplots(6, 1, sharex=True), scores, targets, strict=False):
-            seconds = torch.arange(len(score)) * self.model.seconds_per_frame
+            seconds = torch.arange(len(score)) * self.model.seconds_per_position
             axis.fill_between(seconds, target.float(), step="post", color="tab:green", alpha=0.3, label="asked for")
             axis.step(seconds, score, where="post", color="tab:blue", label="probability")
             axis.set_ylim(0, 1)
@@ -293,9 +294,9 @@ class _OfAllFrames(torch.autograd.Function):
         return gradient
 
 
-def main(config: FrameTrainConfig, folder: Path) -> None:
-    train(config, folder, FrameLevel)
+def main(config: SpanTrainConfig, folder: Path) -> None:
+    train(config, folder, SpanDetection)
 
 
 if __name__ == "__main__":
-    run_command(FrameTrainConfig, "train_frame", main)
+    run_command(SpanTrainConfig, "train_frame", main)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from ..config import ConfigError
-from ..ranks import rank, world_size
+from pe_av.config import ConfigError
+from pe_av.ranks import rank, world_size
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}  # bf16 per second, dense, by name
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ..config import LoraConfig
-from ..model.peav import PEAudioVideo
+from pe_av.config import LoraConfig
+from pe_av.model.pe_audio_video import PEAudioVideo
 
 
 class Adapter(nn.Module):

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.parts import to_device
-from .parallel import gradients_stay_local
+from pe_av.loading.micro_batch import to_device
+from pe_av.training.parallel import gradients_stay_local
 
 
 def backward(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from ..config import ConfigError, OptimConfig
-from .parallel import local_part
+from pe_av.config import ConfigError, OptimConfig
+from pe_av.training.parallel import local_part
 
 # what comes before the layers of a tower, and so is the furthest from its output
 BEFORE_LAYERS = ("embedding", "embedding_norm", "patch_embed", "class_token", "position", "pre_norm", "conv_blocks")

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from ..config import ConfigError, ParallelConfig
-from ..ranks import rank, world_size
+from pe_av.config import ConfigError, ParallelConfig
+from pe_av.ranks import rank, world_size
 
 
 def parallelize(model: nn.Module, embedder: nn.Module, config: ParallelConfig, device: torch.device) -> nn.Module:

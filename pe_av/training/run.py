@@ -33,20 +33,29 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..checkpoint import CheckpointError, save_weights
-from ..config import FIXED_ON_RESUME, ConfigError, RunConfig, nearest
-from ..data.dataset import BadItems
-from ..data.processor import Processor
-from ..device import computes_in_bf16, pick_device, precision_context
-from ..evaluation.report import plot_losses, write_metrics
-from ..ranks import of_all_ranks, of_rank_0, process_group, rank, world_size
-from .checkpoints import Checkpointer, check_space, damage, load, named_states, newest_whole, ranks_of, read_progress
-from .log import Log, Window, learned, machine_use
-from .lora import merged_state_dict
-from .microbatch import backward
-from .optim import AveragedWeights, build_optimizer, set_learning_rate, take_step
-from .parallel import clip_gradients, parallelize
-from .profile import Profile
+from pe_av.checkpoint import CheckpointError, save_weights
+from pe_av.config import FIXED_ON_RESUME, ConfigError, RunConfig, nearest
+from pe_av.device import computes_in_bf16, pick_device, precision_context
+from pe_av.evaluation.report import plot_losses, write_metrics
+from pe_av.loading.bad_items import BadItems
+from pe_av.media.processor import Processor
+from pe_av.ranks import of_all_ranks, of_rank_0, process_group, rank, world_size
+from pe_av.training.log import Log, Window, learned, machine_use
+from pe_av.training.lora import merged_state_dict
+from pe_av.training.microbatch import backward
+from pe_av.training.optim import AveragedWeights, build_optimizer, set_learning_rate, take_step
+from pe_av.training.parallel import clip_gradients, parallelize
+from pe_av.training.profile import Profile
+from pe_av.training.states import (
+    Checkpointer,
+    check_space,
+    damage,
+    load,
+    named_states,
+    newest_whole,
+    ranks_of,
+    read_progress,
+)
 
 MOST_SKIPPED = 10  # steps in a row without a finite loss and gradient, after which a run gives up
 MOST_FRUITLESS = 100_000  # items in a row without two clips to pair, if there are as many, after which it does so too
@@ -69,7 +78,7 @@ class Evaluation:
 
 
 class Task(Protocol):
-    """What a run trains. Batches have at least "ids", "read", "bad" and "partial" (`data.dataset.Collate`)."""
+    """What a run trains. Batches have at least "ids", "read", "bad" and "partial" (`loading.batch.Collate`)."""
 
     model: nn.Module  # on the device, with everything frozen that is to be, and adapters in place
     embedder: nn.Module  # part of a batch -> name -> (rows, …); calls the model

@@ -10,22 +10,25 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..checkpoint import CONFIG_FILE, Model, build_model, load_model
-from ..config import ConfigError, DataConfig, RunConfig, TrainConfig
-from ..config_files import read_model_config
-from ..conversion.warm_start import warm_start
-from ..data.cache import reader_for
-from ..data.dataset import ClipReader, Collate, load_into_memory, open_manifest
-from ..data.loader import BatchSampler, Loader
-from ..data.manifest import Manifest, read_manifest
-from ..data.mix import MixedManifest, read_mix
-from ..data.processor import Processor
-from ..data.stream import SampleReader, StreamLoader, first_samples
-from ..data.tokenizer import read_tokenizer, train_tokenizer
-from ..model.codec import CodecEncoder
-from ..model.peav import PEAudioVideo
-from ..ranks import of_rank_0, rank, world_size
-from .parallel import share_weights
+from pe_av.checkpoint import CONFIG_FILE, Model, build_model, load_model
+from pe_av.config import ConfigError, DataConfig, RunConfig, TrainConfig
+from pe_av.config.compose import read_model_config
+from pe_av.conversion.warm_start import warm_start
+from pe_av.data.cache import reader_for
+from pe_av.data.clips import ClipReader, open_manifest
+from pe_av.data.manifest import Manifest, read_manifest
+from pe_av.data.mix import MixedManifest, read_mix
+from pe_av.data.remote import SampleReader, first_samples
+from pe_av.loading.batch import Collate
+from pe_av.loading.loader import Loader, load_into_memory
+from pe_av.loading.order import BatchSampler
+from pe_av.loading.stream import StreamLoader
+from pe_av.media.processor import Processor
+from pe_av.media.tokenizer import read_tokenizer, train_tokenizer
+from pe_av.model.codec import CodecEncoder
+from pe_av.model.pe_audio_video import PEAudioVideo
+from pe_av.ranks import of_rank_0, rank, world_size
+from pe_av.training.parallel import share_weights
 
 SAMPLES = 1000  # of a stream of shards, from which its tokenizer is trained
 CALIBRATION_CLIPS = 12  # of which a random codec hears the first second
@@ -163,7 +166,7 @@ def prepare_loaders(
         shuffle=True,
         seed=config.seed,
         lengths=train_clips.lengths(data.max_seconds),
-        parts=train_clips.parts(),
+        modalities=train_clips.modalities(),
         max_tokens=data.batch_tokens,
         mixture=train_clips.mixture if isinstance(train_clips, MixedManifest) else None,
         **ranks,

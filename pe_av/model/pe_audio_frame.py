@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..config import FrameConfig
-from .build import build_audio, build_text, init_linear
-from .features import Features, audio_features, codec_to_features, text_features
-from .heads import ContrastiveHead, PairLogits
-from .transformer import use_attention
+from pe_av.config import PEAudioFrameConfig
+from pe_av.model.build import build_audio, build_text, init_linear
+from pe_av.model.features import Features, audio_features, codec_to_features, text_features
+from pe_av.model.heads import ContrastiveHead, PairLogits
+from pe_av.model.transformer import use_attention
 
 
 @dataclass
@@ -27,7 +27,7 @@ class PEAudioFrameOutput:
 class PEAudioFrame(nn.Module):
     """Text and audio towers, two heads, one scale and bias; 25 frames per second at the published sizes."""
 
-    def __init__(self, config: FrameConfig):
+    def __init__(self, config: PEAudioFrameConfig):
         super().__init__()
         self.config = config
         self.text = build_text(config.text, config.attention)
@@ -80,7 +80,7 @@ class PEAudioFrame(nn.Module):
             audio_embeds=audio_embeds,
             text_embeds=text_embeds,
             logits=logits,
-            spans=None if self.training else spans(logits.sigmoid() > threshold, self.seconds_per_frame),
+            spans=None if self.training else spans(logits.sigmoid() > threshold, self.seconds_per_position),
             text_last_hidden_state=text.sequence,
             audio_last_hidden_state=audio.sequence,
         )
@@ -95,7 +95,7 @@ class PEAudioFrame(nn.Module):
         return self.heads["text"](features.pooled)
 
     @property
-    def seconds_per_frame(self) -> float:
+    def seconds_per_position(self) -> float:
         codec = self.config.audio.codec
         return codec.hop_length / codec.sampling_rate
 
@@ -114,11 +114,11 @@ class PEAudioFrame(nn.Module):
         return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
 
-def spans(active: Tensor, seconds_per_frame: float) -> list[list[list[float]]]:
+def spans(active: Tensor, seconds_per_position: float) -> list[list[list[float]]]:
     """Runs of active frames: (B, frames) bool -> per row [[start_s, end_s], …]; an end is the next frame's start."""
     edges = torch.nn.functional.pad(active.int(), (1, 1)).diff(dim=1)  # +1 where a run starts, -1 after its last frame
     found = []
     for row in edges.cpu():
         starts, ends = ((row == sign).nonzero().flatten().tolist() for sign in (1, -1))
-        found.append([[a * seconds_per_frame, b * seconds_per_frame] for a, b in zip(starts, ends, strict=True)])
+        found.append([[a * seconds_per_position, b * seconds_per_position] for a, b in zip(starts, ends, strict=True)])
     return found

@@ -9,30 +9,20 @@ gradients averaged in its backward. A rank whose clips lack the input runs it on
 nowhere.
 """
 
-import hashlib
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig
+from pe_av.config import ModelConfig
+from pe_av.loading.batch import text_name
 
 # input of the model -> what "rows" calls those that have it
 OF_ROWS = dict.fromkeys(("input_values", "padding_mask", "codec_features"), "audio") | dict.fromkeys(
     ("pixel_values_videos", "padding_mask_videos", "frame_features"), "video"
 )
 EMPTY_PART: dict[str, Any] = {"inputs": {}, "texts": {}, "rows": {}, "size": 0}
-
-
-def text_name(kind: str | None) -> str:
-    """What "rows" calls the captions of a kind."""
-    return "text" if kind is None else f"text@{kind}"
-
-
-def caption_key(caption: str) -> int:
-    """A number that is the same for equal captions in every process, as `hash` is not; int64."""
-    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def split_batch(batch: dict[str, Any], size: int | None) -> list[dict[str, Any]]:

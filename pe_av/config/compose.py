@@ -16,13 +16,14 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from .config import ARCHITECTURES, ConfigError, FrameConfig, ModelConfig, nearest, one_of
+from pe_av.config import ARCHITECTURES, ConfigError, ModelConfig, PEAudioFrameConfig, nearest, one_of
 
 
 def config_dir() -> Path:
     """Folder of the YAML files: beside the package in a checkout, inside it when installed from a wheel."""
-    inside = Path(__file__).parent / "configs"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+    package = Path(__file__).parents[1]
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
 
 
 def from_dict(schema: type, values: dict[str, Any], source: str) -> Any:
@@ -61,7 +62,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_model_config(path: Path) -> ModelConfig | FrameConfig:
+def read_model_config(path: Path) -> ModelConfig | PEAudioFrameConfig:
     """The `config.yaml` of a native checkpoint; which model it is of stands under `architecture`."""
     values = _read_mapping(path)
     architecture = values.pop("architecture", None)
@@ -70,7 +71,7 @@ def read_model_config(path: Path) -> ModelConfig | FrameConfig:
     return from_dict(ARCHITECTURES[architecture], values, source=str(path))
 
 
-def model_config_yaml(config: ModelConfig | FrameConfig) -> str:
+def model_config_yaml(config: ModelConfig | PEAudioFrameConfig) -> str:
     """What `read_model_config` reads."""
     architecture = next(name for name, schema in ARCHITECTURES.items() if type(config) is schema)
     return yaml.safe_dump({"architecture": architecture} | asdict(config), sort_keys=False)

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from ..config import FrameDemoConfig
-from .demo import ATTRIBUTES, MOTIONS, NUM_SAMPLES, PLACES, SAMPLE_RATE, Scene, render_sound
+from pe_av.config import SpanDemoConfig
+from pe_av.data.demo import ATTRIBUTES, MOTIONS, NUM_SAMPLES, PLACES, SAMPLE_RATE, Scene, render_sound
 
 WORLD_VERSION = 1  # raise it with every change of what is rendered
 LENGTH = 4 * NUM_SAMPLES  # 6.4 s
@@ -32,7 +32,7 @@ def caption(scene: Scene) -> str:
     return f"a {scene.size} {scene.shape} {MOTIONS[scene.motion]} {scene.tempo} {PLACES[scene.place]}"
 
 
-def prepare_frame_demo(config: FrameDemoConfig) -> tuple[Path, Path]:
+def prepare_span_demo(config: SpanDemoConfig) -> tuple[Path, Path]:
     """The manifests (train.jsonl, eval.jsonl), rendered on first use; lines are {"path", "caption", "spans"}."""
     folder = Path(config.root) / f"v{WORLD_VERSION}-seed{config.seed}-{config.train_clips}-{config.eval_clips}"
     manifests = folder / "train.jsonl", folder / "eval.jsonl"

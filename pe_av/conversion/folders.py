@@ -25,12 +25,24 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, build_model, open_weights
-from ..config import FrameConfig, ModelConfig
-from ..config_files import model_config_yaml, read_model_config
-from ..data.tokenizer import read_tokenizer
-from .names import HF, HF_AUDIO, HF_FRAME, HF_VIDEO, ORIGINAL, ORIGINAL_FRAME, Stored, Table, renamed, same, stored
-from .published import hf_files, hf_model_config, read_published_config
+from pe_av.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, build_model, open_weights
+from pe_av.config import ModelConfig, PEAudioFrameConfig
+from pe_av.config.compose import model_config_yaml, read_model_config
+from pe_av.conversion.names import (
+    HF,
+    HF_AUDIO,
+    HF_FRAME,
+    HF_VIDEO,
+    ORIGINAL,
+    ORIGINAL_FRAME,
+    Stored,
+    Table,
+    renamed,
+    same,
+    stored,
+)
+from pe_av.conversion.published import hf_files, hf_model_config, read_published_config
+from pe_av.media.tokenizer import read_tokenizer
 
 INDEX_FILE, TOKENIZER_FILE = f"{WEIGHTS_FILE}.index.json", "tokenizer.json"
 
@@ -61,7 +73,7 @@ LAYOUTS: tuple[tuple[str, str], ...] = (
 class Source:
     """A checkpoint that has been looked at: its weights under our names are read when asked for."""
 
-    config: ModelConfig | FrameConfig
+    config: ModelConfig | PEAudioFrameConfig
     described: str  # whose format it is
     weights: dict[str, Tensor]  # memory-mapped, but for a few that had to be turned round
     tokenizer: Tokenizer | None
@@ -202,13 +214,13 @@ def _shards(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def _table(config: ModelConfig | FrameConfig, layout: str, folder: Path) -> Table | None:
+def _table(config: ModelConfig | PEAudioFrameConfig, layout: str, folder: Path) -> Table | None:
     """The names to expect; None: our own.
 
     Raises:
         CheckpointError: the config describes another model than the weights are of.
     """
-    frame = isinstance(config, FrameConfig)
+    frame = isinstance(config, PEAudioFrameConfig)
     heads = set() if frame else set(config.heads)
     if layout == "ours":
         return None
@@ -292,13 +304,13 @@ def _check_finite(weights: dict[str, Tensor], console: Console) -> None:
         raise CheckpointError(f"NaN or Inf in {len(wrong)} weights, so nothing was written: {listed}")
 
 
-def _hf_table(config: ModelConfig | FrameConfig) -> Table:
-    if isinstance(config, FrameConfig):
+def _hf_table(config: ModelConfig | PEAudioFrameConfig) -> Table:
+    if isinstance(config, PEAudioFrameConfig):
         return HF_FRAME
     return HF if "fusion" in config.towers else HF_AUDIO if "audio" in config.towers else HF_VIDEO
 
 
-def _hf_weights(config: ModelConfig | FrameConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _hf_weights(config: ModelConfig | PEAudioFrameConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     table, theirs = _hf_table(config), {}
     for name in build_model(config, "meta").state_dict():
         tensor = weights[name]
@@ -311,7 +323,7 @@ def _hf_weights(config: ModelConfig | FrameConfig, weights: dict[str, Tensor]) -
 
 
 def _hf_files(
-    config: ModelConfig | FrameConfig, tokenizer: Tokenizer | None, weights: dict[str, Tensor]
+    config: ModelConfig | PEAudioFrameConfig, tokenizer: Tokenizer | None, weights: dict[str, Tensor]
 ) -> dict[str, str]:
     dtype, _ = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()).most_common(1)[0]
     return hf_files(config, tokenizer, dtype)

@@ -1,23 +1,17 @@
 """Recordings with captions and the times that they are about, for frame-level training: manifest, reader, batches."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-
-from ..config import ConfigError
-from .manifest import SURROGATE, jsonl_rows
-from .parts import caption_key
-from .processor import Processor, mask_of
+from pe_av.config import ConfigError
+from pe_av.data.manifest import SURROGATE, jsonl_rows
+from pe_av.media.processor import Processor
 
 
 @dataclass(frozen=True)
-class FrameClip:
+class SpanClip:
     """One line of a manifest."""
 
     id: str
@@ -27,7 +21,7 @@ class FrameClip:
     video: str | None = None  # never read: what a loader names in errors, where a clip has one
 
 
-def read_frame_manifest(path: Path) -> list[FrameClip]:
+def read_span_manifest(path: Path) -> list[SpanClip]:
     """The lines {"path", "caption", "spans"} of a JSONL file; relative paths start from its folder.
 
     Raises:
@@ -48,7 +42,7 @@ def read_frame_manifest(path: Path) -> list[FrameClip]:
         # a recording may stand in several lines, with other captions
         number = where.rpartition(":")[2]
         spans = [[float(start), float(end)] for start, end in spans]
-        clips.append(FrameClip(f"{number}:{source}", str(path.parent / source), caption, spans))
+        clips.append(SpanClip(f"{number}:{source}", str(path.parent / source), caption, spans))
     if not clips:
         raise ConfigError(f"{path}: holds no recordings")
     return clips
@@ -66,57 +60,15 @@ def _is_span(value: Any) -> bool:
     return -(2**53) < start < end and (end < 2**53 or end == math.inf)
 
 
-class FrameReader:
+class SpanReader:
     """Decodes a recording: {"id", "caption", "spans", "waveform"}, or "error" in place of the last."""
 
     def __init__(self, processor: Processor, max_seconds: float):
         self.processor, self.max_seconds = processor, max_seconds
 
-    def __call__(self, clip: FrameClip) -> dict[str, Any]:
+    def __call__(self, clip: SpanClip) -> dict[str, Any]:
         item: dict[str, Any] = {"id": clip.id, "caption": clip.caption, "spans": clip.spans}
         try:
             return item | {"waveform": self.processor.audio_item(clip.audio, max_seconds=self.max_seconds)}
         except Exception as error:  # whatever a decoder comes up with is one bad item and never the end
             return item | {"error": str(error) or f"{clip.audio}: {type(error).__name__}"}
-
-
-class FrameCollate:
-    """Items -> a batch of B rows, as a dict: "inputs" of `PEAudioFrame` (none without rows), "targets" (B, T) bool,
-    "mask" (B, T) bool, "captions" (B,) int64, equal where captions are in every process; "ids", "read", "bad" and
-    "partial" as `dataset.Collate` has them.
-
-    Args:
-        seconds_per_frame: of the model.
-    """
-
-    def __init__(self, processor: Processor, seconds_per_frame: float):
-        self.processor, self.seconds_per_frame = processor, seconds_per_frame
-
-    def __call__(self, items: Sequence[dict[str, Any]], picks: Sequence[int] | None = None) -> dict[str, Any]:
-        good = [item for item in items if "error" not in item]
-        inputs: dict[str, Tensor] = {}
-        lengths = torch.zeros(0, dtype=torch.int64)
-        if good and "codec_features" in good[0]:
-            features = [item["codec_features"] for item in good]
-            lengths = torch.tensor([len(feature) for feature in features])
-            inputs = {"codec_features": pad_sequence(features, batch_first=True), "padding_mask": mask_of(features)}
-        elif good:
-            hop = self.processor.config.audio.codec.hop_length
-            lengths = torch.tensor([len(item["waveform"]) // hop for item in good])
-            inputs = self.processor.batch_audio([item["waveform"] for item in good])
-        frames = torch.arange(int(lengths.max()) if good else 0)
-        middle = (frames + 0.5) * self.seconds_per_frame
-        targets = torch.zeros(len(good), len(frames), dtype=torch.bool)
-        for row, item in enumerate(good):
-            for start, end in item["spans"]:
-                targets[row] |= (start <= middle) & (middle < end)
-        return {
-            "inputs": inputs | (self.processor.batch_text([item["caption"] for item in good]) if good else {}),
-            "targets": targets,
-            "mask": frames < lengths[:, None],
-            "captions": torch.tensor([caption_key(item["caption"]) for item in good], dtype=torch.int64),
-            "ids": [item["id"] for item in good],
-            "read": len(items),
-            "bad": [{"id": item["id"], "error": item["error"]} for item in items if "error" in item],
-            "partial": [],
-        }

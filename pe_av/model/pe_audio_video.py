@@ -6,10 +6,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
-from ..config import HEADS, PAIRINGS, ModelConfig
-from ..loss import sigmoid_loss
-from .build import build_audio, build_fusion, build_text, build_video, init_linear
-from .features import (
+from pe_av.config import HEADS, PAIRINGS, ModelConfig
+from pe_av.loss import sigmoid_loss
+from pe_av.model.build import build_audio, build_fusion, build_text, build_video, init_linear
+from pe_av.model.features import (
     Features,
     audio_features,
     codec_to_features,
@@ -17,10 +17,10 @@ from .features import (
     text_features,
     video_features,
 )
-from .heads import ContrastiveHead, PairLogits
-from .text import TextBlock
-from .transformer import Block, use_attention
-from .vit import VisionBlock
+from pe_av.model.heads import ContrastiveHead, PairLogits
+from pe_av.model.text import TextBlock
+from pe_av.model.transformer import Block, use_attention
+from pe_av.model.vit import VisionBlock
 
 
 @dataclass

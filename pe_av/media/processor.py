@@ -2,7 +2,7 @@
 
 One path for everyone: `audio_item` and `video_item` bring one item to the model's rate and size, and `batch_text`,
 `batch_audio` and `batch_videos` pad items into a batch. Calling the processor does both; a dataset does the first in
-its workers, may keep the results (frames still as bytes), and lets `data.dataset.Collate` do the second.
+its workers, may keep the results (frames still as bytes), and lets `loading.batch.Collate` do the second.
 """
 
 import math
@@ -20,10 +20,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from pe_av.config import FrameConfig, ModelConfig
-from pe_av.config_files import read_model_config
-from pe_av.data.media import CHUNK, MediaError, check_part, iter_frames, read_audio, spread_indices
-from pe_av.data.tokenizer import read_tokenizer
+from pe_av.config import ModelConfig, PEAudioFrameConfig
+from pe_av.config.compose import read_model_config
+from pe_av.media.decode import CHUNK, MediaError, check_part, iter_frames, read_audio, spread_indices
+from pe_av.media.tokenizer import read_tokenizer
 from pe_av.model.video import scale_frames
 
 Media = str | Path | Tensor | np.ndarray
@@ -41,7 +41,7 @@ class Processor:
         tokenizer: needed for text only. It is copied, so its own truncation and padding neither matter nor change.
     """
 
-    def __init__(self, config: ModelConfig | FrameConfig, tokenizer: Tokenizer | None = None):
+    def __init__(self, config: ModelConfig | PEAudioFrameConfig, tokenizer: Tokenizer | None = None):
         self.config = config
         self.tokenizer = tokenizer
         self._encoder = None
@@ -188,7 +188,7 @@ class Processor:
             MediaError: the item cannot be used.
             ValueError: the model has no video.
         """
-        if isinstance(self.config, FrameConfig):
+        if isinstance(self.config, PEAudioFrameConfig):
             raise ValueError("PEAudioFrame reads text and audio only: leave videos= out")
         config = self.config.video
         if isinstance(video, str | Path):

@@ -26,9 +26,9 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.optim import Optimizer
 
-from ..checkpoint import CheckpointError
-from ..ranks import rank, world_size
-from .optim import AveragedWeights
+from pe_av.checkpoint import CheckpointError
+from pe_av.ranks import rank, world_size
+from pe_av.training.optim import AveragedWeights
 
 CHECKSUMS = "checksums.json"
 # one process needs no group, which it would be reminded of at every checkpoint

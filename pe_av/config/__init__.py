@@ -1,0 +1,80 @@
+"""Every setting there is, as dataclasses that the YAML under `configs/` is checked against.
+
+model.py, data.py and run.py hold the settings, checks.py what they check themselves with, compose.py how they are read
+from YAML and the command line. Nothing here imports torch.
+"""
+
+from pe_av.config.checks import ConfigError, nearest, one_of, require
+from pe_av.config.data import DataConfig, DemoConfig, MixConfig, SpanDemoConfig, StampsConfig
+from pe_av.config.model import (
+    ACTIVATIONS,
+    ARCHITECTURES,
+    ATTENTIONS,
+    CAPTIONS,
+    HEADS,
+    PAIRINGS,
+    TOWERS,
+    AudioConfig,
+    CodecConfig,
+    ModelConfig,
+    PEAudioFrameConfig,
+    RopeConfig,
+    TextConfig,
+    TransformerConfig,
+    VideoConfig,
+    VisionConfig,
+)
+from pe_av.config.run import (
+    FIXED_ON_RESUME,
+    ConvertConfig,
+    EvalConfig,
+    InitConfig,
+    LoraConfig,
+    LossConfig,
+    OptimConfig,
+    Pairing,
+    ParallelConfig,
+    RunConfig,
+    SpanTrainConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "ACTIVATIONS",
+    "ARCHITECTURES",
+    "ATTENTIONS",
+    "AudioConfig",
+    "CAPTIONS",
+    "CodecConfig",
+    "ConfigError",
+    "ConvertConfig",
+    "DataConfig",
+    "DemoConfig",
+    "EvalConfig",
+    "FIXED_ON_RESUME",
+    "PEAudioFrameConfig",
+    "SpanDemoConfig",
+    "SpanTrainConfig",
+    "HEADS",
+    "InitConfig",
+    "LoraConfig",
+    "LossConfig",
+    "MixConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PAIRINGS",
+    "Pairing",
+    "ParallelConfig",
+    "RopeConfig",
+    "RunConfig",
+    "StampsConfig",
+    "TOWERS",
+    "TextConfig",
+    "TrainConfig",
+    "TransformerConfig",
+    "VideoConfig",
+    "VisionConfig",
+    "nearest",
+    "one_of",
+    "require",
+]
