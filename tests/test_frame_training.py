@@ -2,12 +2,12 @@
 
 import json
 import math
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from processes import Command
 from sklearn.metrics import average_precision_score, f1_score, jaccard_score
 
 from pe_av import PEAudioFrame, load_model
@@ -17,8 +17,6 @@ from pe_av.data.spans import SpanClip, read_span_manifest
 from pe_av.evaluation.localization import localization_metrics
 from pe_av.media.decode import read_audio
 from pe_av.training.frame import span_loss
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_loss_is_the_sum_that_its_formula_says():
@@ -85,13 +83,18 @@ def test_demo_asks_for_what_is_where_it_says(tmp_path: Path):
     assert prepare_span_demo(SpanDemoConfig(str(tmp_path), train_clips=12, eval_clips=8)) == manifests
 
 
-def run(*overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pe_av.training.frame", *overrides]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., Command]:
+    return lambda *overrides: Command(tmp_path, "pe_av.training.frame", *overrides).wait(1200)
 
 
-def test_a_run_leaves_everything_that_is_promised(tmp_path: Path):
-    demo = [f"demo.root={tmp_path}/demo", "demo.train_clips=8", "demo.eval_clips=6"]
+def test_a_run_leaves_everything_that_is_promised(tmp_path: Path, run):
+    demo = [
+        f"demo.root={tmp_path}/demo",
+        "demo.train_clips=8",
+        "demo.eval_clips=6",
+        "model.audio.codec.encoder_hidden_size=2",
+    ]
     done = run(*demo, "steps=2", "batch_size=4", "optim.ema=0.5", f"hydra.run.dir={tmp_path}/run")
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
@@ -122,7 +125,7 @@ def test_a_run_leaves_everything_that_is_promised(tmp_path: Path):
         ('{"path": "nowhere.wav", "caption": "x", "spans": [[0, 1]]}', "nowhere.wav"),
     ],
 )
-def test_a_manifest_that_is_none_costs_one_line(tmp_path: Path, line: str, message: str):
+def test_a_manifest_that_is_none_costs_one_line(tmp_path: Path, line: str, message: str, run):
     (tmp_path / "train.jsonl").write_text(line + "\n")
     manifests = [f"{split}={tmp_path}/train.jsonl" for split in ("train", "eval")]
     done = run(*manifests, f"hydra.run.dir={tmp_path}/run", "batch_size=1")
@@ -172,7 +175,7 @@ def test_a_line_that_is_none_is_refused_by_its_number(tmp_path: Path, change: di
 
 
 @pytest.mark.slow
-def test_the_demo_finds_what_is_asked_for(tmp_path: Path):
+def test_the_demo_finds_what_is_asked_for(tmp_path: Path, run):
     done = run(f"hydra.run.dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "metrics.json").read_text())

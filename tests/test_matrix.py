@@ -6,15 +6,10 @@ everything imported.
 """
 
 import json
-import multiprocessing
-import os
 import random
 import shutil
-import signal
-import socket
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -23,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import small_config
+from processes import Ranks
 from safetensors.torch import load_file
 from test_data import write_clip
 from test_processor import make_tokenizer
@@ -214,55 +210,6 @@ def _evaluate(config: dict[str, Any], folder: Path) -> None:
     retrieval.evaluate_checkpoint(from_dict(EvalConfig, config, source="test"), folder)
 
 
-def _rank(
-    index: int, ranks: int, port: int, do: Callable[[dict[str, Any], Path], None], config: dict[str, Any], folder: str
-) -> None:
-    torch.set_num_threads(1)
-    if ranks > 1:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        os.environ |= {"RANK": str(index), "WORLD_SIZE": str(ranks)}
-    with open(os.path.join(folder, f"output-{index}.txt"), "a") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    do(config, Path(folder))
-
-
-class Ranks:
-    """The processes of one run; they write into `folder/output-<rank>.txt`."""
-
-    def __init__(self, ranks: int, config: Any, folder: Path, do: Callable[[dict[str, Any], Path], None] = _train):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["pe_av.training.contrastive", "matplotlib.backends.backend_agg", "test_matrix"])
-        self.processes = [
-            context.Process(target=_rank, args=(index, ranks, port, do, asdict(config), str(folder)))
-            for index in range(ranks)
-        ]
-        for process in self.processes:
-            process.start()
-
-    def finish(self, seconds: float = 300) -> None:
-        deadline = time.monotonic() + seconds
-        for process in self.processes:
-            process.join(max(deadline - time.monotonic(), 0))
-        codes = [process.exitcode for process in self.processes]
-        if codes != [0] * len(codes):
-            self.kill()
-            outputs = "\n".join(path.read_text()[-3000:] for path in sorted(self.folder.glob("output-*.txt")))
-            raise AssertionError(f"exit codes {codes}\n{outputs}")
-
-    def kill(self) -> None:
-        for process in self.processes:
-            if process.is_alive():
-                os.kill(process.pid, signal.SIGKILL)
-        for process in self.processes:
-            process.join()
-
-
 def steps_logged(folder: Path) -> int:
     history = folder / "history.jsonl"
     return len(history.read_text().splitlines()) if history.exists() else 0
@@ -270,9 +217,9 @@ def steps_logged(folder: Path) -> int:
 
 def resumed_equals_uninterrupted(case: Case, corpus: Path, folder: Path, seed: int) -> None:
     chance, config, ranks = random.Random(seed), settings(case, corpus), int(case.ranks)
-    Ranks(ranks, config, folder / "whole").finish()
+    Ranks(ranks, config, folder / "whole", _train).finish()
 
-    run = Ranks(ranks, config, folder / "killed")
+    run = Ranks(ranks, config, folder / "killed", _train)
     least = chance.randint(1, STEPS - 2)
     while steps_logged(folder / "killed") < least and all(process.is_alive() for process in run.processes):
         time.sleep(0.005)
@@ -283,7 +230,7 @@ def resumed_equals_uninterrupted(case: Case, corpus: Path, folder: Path, seed: i
     reached = 0 if state is None else read_progress(state)["step"]
     # one interval, and what was done while the next state was being written
     assert logged - reached < 2 * SAVE_EVERY, f"at step {logged}, whole is the state of {reached}"
-    Ranks(ranks, replace(config, resume="auto"), folder / "killed").finish()
+    Ranks(ranks, replace(config, resume="auto"), folder / "killed", _train).finish()
 
     ours, theirs = (load_file(folder / name / "checkpoint" / "model.safetensors") for name in ("killed", "whole"))
     assert ours.keys() == theirs.keys()
@@ -326,7 +273,7 @@ def test_any_number_of_ranks_ends_with_the_same_weights(tmp_path: Path, corpus: 
         if data == "bad":
             config.data.train = str(corpus / "bad-2.jsonl")
         folder = tmp_path / f"{ranks}-{strategy}"
-        Ranks(int(ranks), config, folder).finish()
+        Ranks(int(ranks), config, folder, _train).finish()
         found[folder.name] = (
             load_file(folder / "checkpoint" / "model.safetensors"),
             json.loads((folder / "metrics.json").read_text()),
@@ -346,7 +293,7 @@ def test_four_ranks_in_two_replicas_of_two_shards_end_with_the_same_weights(tmp_
     found = []
     for ranks, shard_size in ((1, None), (4, 2)):
         parallel = replace(config.parallel, shard_size=shard_size)
-        Ranks(ranks, replace(config, parallel=parallel), tmp_path / str(ranks)).finish()
+        Ranks(ranks, replace(config, parallel=parallel), tmp_path / str(ranks), _train).finish()
         found.append(load_file(tmp_path / str(ranks) / "checkpoint" / "model.safetensors"))
     for name, tensor in found[0].items():
         assert torch.allclose(found[1][name], tensor, rtol=1e-3, atol=2e-5), name

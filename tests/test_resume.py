@@ -18,6 +18,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
+from processes import ROOT, Command
 from safetensors.torch import load_file
 
 import pe_av.training.contrastive
@@ -31,8 +32,9 @@ from pe_av.training.contrastive import Contrastive
 from pe_av.training.run import MOST_SKIPPED, Run, Stopped
 from pe_av.training.states import damage, newest_whole
 
-ROOT = Path(__file__).parent.parent
+# a codec of a quarter of the width takes a tenth of the time
 SMALL = ["data.demo.train_clips=24", "data.demo.eval_clips=4", "batch_size=8", "data.num_workers=0", "log_every=1"]
+SMALL += ["model.audio.codec.encoder_hidden_size=2"]
 EIGHT_STEPS = ["steps=8", "eval_every=4", "save_every=2", "optim.ema=0.5"]
 # ranks and compiled blocks draw other random numbers, so they are compared without
 NO_DROPOUT = [f"model.{part}.attention_dropout=0" for part in ("audio.transformer", "video.transformer", "fusion")]
@@ -43,16 +45,21 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [*SMALL, f"data.demo.root={tmp_path_factory.mktemp('demo')}"]
 
 
-def start(folder: Path, *overrides: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+def start(folder: Path, *overrides: str) -> Command:
+    return Command(folder.parent, "train.py", *overrides, f"hydra.run.dir={folder}")
+
+
+def finish(folder: Path, *overrides: str) -> None:
+    done = start(folder, *overrides).wait()
+    assert done.returncode == 0, done.stderr
+
+
+def torchrun(folder: Path, *overrides: str, restarts: int = 0) -> subprocess.Popen[str]:
+    """Two ranks from the command line that the README gives."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}"]
     command = [sys.executable, *launcher, "train.py", *overrides, f"hydra.run.dir={folder}"]
     threads = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=threads, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def finish(folder: Path, *overrides: str, launcher: tuple[str, ...] = ()) -> None:
-    process = start(folder, *overrides, launcher=launcher)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
 
 
 def losses(folder: Path) -> list[tuple[int, float, float]]:
@@ -73,11 +80,11 @@ def killed_and_resumed(folder: Path, world: list[str], wait: random.Random) -> N
     process = start(folder, *world, *EIGHT_STEPS)
     history = folder / "history.jsonl"
     steps = wait.randint(1, 6)
-    while process.poll() is None and not (history.exists() and len(history.read_text().splitlines()) >= steps):
+    while process.is_running() and not (history.exists() and len(history.read_text().splitlines()) >= steps):
         time.sleep(0.01)
     time.sleep(wait.uniform(0, 0.6))
-    process.kill()
-    process.communicate()
+    process.send(signal.SIGKILL)
+    process.wait()
     finish(folder, *world, *EIGHT_STEPS, "resume=auto")
 
 
@@ -94,32 +101,34 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path: Path, world: list[str], whole
     [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGINT, 130), (signal.SIGUSR1, 138)],
 )
 def test_a_signal_saves_and_leaves_with_its_code(tmp_path: Path, world: list[str], sent: signal.Signals, code: int):
-    process = start(tmp_path, *world, "steps=100000", "eval_every=100000")
-    while process.poll() is None and not (tmp_path / "history.jsonl").exists():
+    process = start(tmp_path / "run", *world, "steps=100000", "eval_every=100000")
+    while process.is_running() and not (tmp_path / "run" / "history.jsonl").exists():
         time.sleep(0.05)
-    process.send_signal(sent)
-    _, errors = process.communicate(timeout=100)
+    process.send(sent)
+    errors = process.wait().stderr
     assert process.returncode == code
-    assert f"stopped by {sent.name}" in errors and "resume=auto" in errors and "Traceback" not in errors
-    saved = losses(tmp_path)[-1][0]
-    assert damage(tmp_path / "state" / f"step-{saved:08d}") is None
+    assert f"stopped by {sent.name}; go on with hydra.run.dir={tmp_path}/run resume=auto" in errors
+    assert "Traceback" not in errors
+    saved = losses(tmp_path / "run")[-1][0]
+    assert damage(tmp_path / "run" / "state" / f"step-{saved:08d}") is None
     # a scheduler's time is for the state alone
-    assert (tmp_path / "checkpoint" / "model.safetensors").is_file() == (sent == signal.SIGINT)
+    assert (tmp_path / "run" / "checkpoint" / "model.safetensors").is_file() == (sent == signal.SIGINT)
 
 
 def test_a_run_leaves_when_its_time_is_up(tmp_path: Path, world: list[str]):
-    process = start(tmp_path, *world, "steps=100000", "eval_every=100000", "max_minutes=0.01")
-    _, errors = process.communicate(timeout=100)
+    process = start(tmp_path / "run", *world, "steps=100000", "eval_every=100000", "max_minutes=0.01")
+    errors = process.wait().stderr
     assert process.returncode == 124 and "stopped by max_minutes; go on with" in errors and "Traceback" not in errors
-    assert damage(tmp_path / "state" / f"step-{losses(tmp_path)[-1][0]:08d}") is None
+    assert damage(tmp_path / "run" / "state" / f"step-{losses(tmp_path / 'run')[-1][0]:08d}") is None
 
 
 def test_two_ranks_log_what_one_does(tmp_path: Path, world: list[str]):
-    """Sharded and in micro-batches, from the command line that the README gives."""
-    finish(tmp_path / "one", *world, *NO_DROPOUT, "steps=4")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    options = [*NO_DROPOUT, "steps=4", "parallel.strategy=fsdp", "micro_batch_size=2"]
-    finish(tmp_path / "two", *world, *options, launcher=launcher)
+    """Sharded and in micro-batches."""
+    finish(tmp_path / "one", *world, *NO_DROPOUT, "steps=2")
+    options = [*NO_DROPOUT, "steps=2", "parallel.strategy=fsdp", "micro_batch_size=2"]
+    process = torchrun(tmp_path / "two", *world, *options)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
     one, two = (torch.tensor([row[1:] for row in losses(tmp_path / name)]) for name in ("one", "two"))
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)
     assert json.loads((tmp_path / "two" / "metrics.json").read_text())["text->audio"]["gallery"] == 4
@@ -129,11 +138,10 @@ def test_two_ranks_log_what_one_does(tmp_path: Path, world: list[str]):
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
 def test_torchrun_goes_on_when_a_rank_is_lost(tmp_path: Path, world: list[str], sent: signal.Signals):
     """Killed, or hanging for longer than the timeout: the other rank says so in one line, and all start again."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1")
     options = [*NO_DROPOUT, "steps=8", "save_every=2"]
     finish(tmp_path / "one", *world, *options)
     folder, options = tmp_path / "two", [*options, "resume=auto", "parallel.timeout_minutes=0.2"]
-    process = start(folder, *world, *options, launcher=launcher)
+    process = torchrun(folder, *world, *options, restarts=1)
     while process.poll() is None and not any((folder / "state").glob("step-*[02468]")):
         time.sleep(0.01)
     ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -157,9 +165,15 @@ def test_torchrun_goes_on_when_a_rank_is_lost(tmp_path: Path, world: list[str], 
     ],
 )
 def test_a_mistake_costs_one_line(tmp_path: Path, world: list[str], overrides: list[str], message: str):
-    process = start(tmp_path, *world, *overrides)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 1 and message in errors and "Traceback" not in errors
+    done = start(tmp_path / "run", *world, *overrides).wait()
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process; they would take as long as the steps, and the commands draw them."""
+    monkeypatch.setattr("pe_av.training.contrastive.plot_similarity", lambda *_: None)
+    monkeypatch.setattr("pe_av.training.run.plot_losses", lambda *_: None)
 
 
 def run(folder: Path, overrides: list[str]) -> Run:
