@@ -135,7 +135,7 @@ class CodecConfig:
     downsampling_ratios: list[int] = field(default_factory=lambda: [2, 8, 10, 12])
     codebook_dim: int = 128  # width of the latent mean, which is what the audio transformer reads
     trainable: bool = False  # published checkpoints freeze it
-    tile_seconds: float | None = None  # encode in tiles of this length, smaller and on CPU faster; None: in one piece
+    tile_seconds: float | None = None  # a frozen codec encodes in tiles of this length, which bounds memory; None: 10 s
 
     @property
     def hop_length(self) -> int:

@@ -12,6 +12,8 @@ from pe_av.model.transformer import TemporalTransformer
 from pe_av.model.video import VideoEncoder
 from pe_av.model.vit import AttentionPool, VisionTransformer
 
+TILE_SECONDS = 10.0  # of waveform that a frozen codec encodes at a time
+
 
 def build_text(config: TextConfig, attention: str) -> ModernBERT:
     tower = ModernBERT(
@@ -77,15 +79,13 @@ def build_vision(config: VisionConfig, attention: str) -> VisionTransformer:
 
 
 def build_codec(config: CodecConfig) -> CodecEncoder:
-    tile_frames = None
-    if config.tile_seconds is not None:
-        tile_frames = max(1, round(config.tile_seconds * config.sampling_rate / config.hop_length))
+    seconds = TILE_SECONDS if config.tile_seconds is None else config.tile_seconds
     return CodecEncoder(
         encoder_hidden_size=config.encoder_hidden_size,
         downsampling_ratios=config.downsampling_ratios,
         codebook_dim=config.codebook_dim,
         trainable=config.trainable,
-        tile_frames=tile_frames,
+        tile_frames=max(1, round(seconds * config.sampling_rate / config.hop_length)),
     )
 
 
