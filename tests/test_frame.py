@@ -272,7 +272,7 @@ def test_save_and_load(model: PEAudioFrame, tmp_path: Path, dtype: torch.dtype |
     for name, parameter in model.named_parameters():
         assert torch.equal(loaded.get_parameter(name), parameter.to(dtype)), name
         assert loaded.get_parameter(name).requires_grad == parameter.requires_grad
-    with pytest.raises(ConfigError, match="PEAudioFrame needs both of its towers"):
+    with pytest.raises(ConfigError, match="PEAudioFrame always needs both of its towers"):
         load_model(tmp_path, towers=("audio",))
 
 
