@@ -1,4 +1,4 @@
-"""Ours beside transformers: the same random weights, alternating in one process, with a check that the outputs agree."""
+"""Ours beside transformers: the same random weights, alternating in one process, and checked against each other."""
 
 import gc
 import json
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pe_av.conversion.folders import convert
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pe_av import PEAudioVideo, build_model, load_model, save_model
-from pe_av.conversion.folders import convert
 
 RESULTS = Path(__file__).parent / "results"
 

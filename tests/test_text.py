@@ -100,11 +100,11 @@ def test_local_layers_see_the_window_and_no_further():
     model = build_text(config, "sdpa")
     randomize(model).eval()
     x = torch.randn(1, TOKENS, config.hidden_size)
-    changed = x.clone()
+    changed, angles = x.clone(), torch.rand(TOKENS, model.head_dim // 2)
     changed[:, 20] += 1
     distance = (torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)).abs()
     with torch.inference_mode():
-        before, after = (model.layers[1](hidden, distance <= model.reach)[0][0] for hidden in (x, changed))
+        before, after = (model.layers[1](hidden, angles, distance <= model.reach)[0][0] for hidden in (x, changed))
     assert (before != after).any(1).nonzero().flatten().tolist() == list(range(16, 25))
 
 

@@ -1,4 +1,4 @@
-"""The parts of a model from their configs, with random weights of each part's own width."""
+"""Build the towers of a model from their configs, with random initial weights."""
 
 import torch
 from torch import nn
@@ -11,8 +11,6 @@ from pe_av.model.text import ModernBERT
 from pe_av.model.transformer import TemporalTransformer
 from pe_av.model.video import VideoEncoder
 from pe_av.model.vit import AttentionPool, VisionTransformer
-
-TILE_SECONDS = 10.0  # of waveform that a frozen codec encodes at a time
 
 
 def build_text(config: TextConfig, attention: str) -> ModernBERT:
@@ -40,7 +38,7 @@ def build_audio(config: AudioConfig, attention: str) -> AudioEncoder:
     tower = AudioEncoder(
         build_codec(config.codec), build_temporal(temporal, attention), config.codec.codebook_dim, temporal.hidden_size
     )
-    init_linear(tower.data_proj, temporal.initializer_range)  # the codec has a start of its own
+    init_linear(tower.data_proj, temporal.initializer_range)  # the codec initializes itself
     return tower
 
 
@@ -79,13 +77,13 @@ def build_vision(config: VisionConfig, attention: str) -> VisionTransformer:
 
 
 def build_codec(config: CodecConfig) -> CodecEncoder:
-    seconds = TILE_SECONDS if config.tile_seconds is None else config.tile_seconds
+    seconds = 10.0 if config.tile_seconds is None else config.tile_seconds
     return CodecEncoder(
         encoder_hidden_size=config.encoder_hidden_size,
         downsampling_ratios=config.downsampling_ratios,
         codebook_dim=config.codebook_dim,
         trainable=config.trainable,
-        tile_frames=max(1, round(seconds * config.sampling_rate / config.hop_length)),
+        tile_positions=max(1, round(seconds * config.sampling_rate / config.hop_length)),
     )
 
 
@@ -110,7 +108,7 @@ def build_temporal(config: TransformerConfig, attention: str) -> TemporalTransfo
 
 @torch.no_grad()
 def init_linear(part: nn.Module, std: float) -> nn.Module:
-    """Normal weights, class tokens, probes and positions; zero biases; norms stay at one. Returns the part."""
+    """Normal weights, class tokens, probes and position embeddings; zero biases; norms stay 1. Returns `part`."""
     for module in part.modules():
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Embedding):
             nn.init.normal_(module.weight, std=std)

@@ -1,8 +1,8 @@
 """DAC-VAE encoder (Descript Audio Codec, arXiv 2306.06546, with a variational bottleneck): waveform -> latent means.
 
-While the codec is frozen, which it nearly always is, each row is encoded without its padding, in tiles that bound the
-memory, and each stage of a tile in blocks that fit into the processor's cache. Tiles and blocks overlap by what their
-convolutions can see, so the latents are those of the whole waveform. A codec that learns is encoded in one piece.
+A frozen codec, as it nearly always is, encodes every row without its padding, in tiles that bound the memory, and
+each stage of a tile in blocks that fit into the processor's cache. Tiles and blocks overlap by the receptive field of
+their convolutions, so the latents are those of the whole waveform. A codec that learns encodes padded batches at once.
 """
 
 import math
@@ -11,11 +11,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-BLOCK_VALUES = 2**18  # values of a map that are computed at a time: with what is made on the way, they fit into a cache
+BLOCK_VALUES = 2**18  # of a feature map that are computed at a time, so that they stay in the cache
 
 
 class Snake(nn.Module):
-    """x + sin²(αx) / α, one α per channel (arXiv 2006.08195). It keeps zeros zero, which masking relies on."""
+    """x + sin²(αx) / α, one α per channel (arXiv 2006.08195). It maps 0 to 0, so masked values stay masked."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -24,11 +24,13 @@ class Snake(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return x + (self.alpha * x).sin().square() / (self.alpha + 1e-9)
-        wave = (self.alpha * x).sin_()
-        return torch.addcmul(x, wave.mul_(wave), 1 / (self.alpha + 1e-9))
+        sine = (self.alpha * x).sin_()
+        return torch.addcmul(x, sine.mul_(sine), 1 / (self.alpha + 1e-9))
 
 
 class ResidualUnit(nn.Module):
+    """x + (Snake, dilated convolution of 7, Snake, convolution of 1): (B, C, L) -> (B, C, L)."""
+
     def __init__(self, channels: int, dilation: int):
         super().__init__()
         self.snake1 = Snake(channels)
@@ -52,12 +54,12 @@ class Stage(nn.Module):
 
     @property
     def halo(self) -> int:
-        """Positions on either side that one position of the output can see: whole strides, at least."""
+        """Input steps on either side within the receptive field of an output, rounded up to whole strides."""
         stride = self.down.stride[0]
         return -(-(3 * (1 + 3 + 9) + self.down.padding[0]) // stride) * stride
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """`valid` (B, 1, L) of 0 and 1: what every convolution must see as silence outside the clip is set to zero."""
+        """`valid` (B, 1, L) is 1 inside the clip and 0 in its padding, which is zeroed before every convolution."""
         for unit in self.units:
             x = unit(_masked(x, valid))
         return self.down(self.snake(_masked(x, valid)))
@@ -66,13 +68,14 @@ class Stage(nn.Module):
 class CodecEncoder(nn.Module):
     """(B, 1, samples) -> (B, samples / hop_length, codebook_dim).
 
-    A row's latents do not depend on what it is padded with or batched with.
+    A row's latents do not depend on its padding or on the other rows.
 
     Args:
         encoder_hidden_size: channels after the first convolution.
         downsampling_ratios: stride of each stage; their product is the hop length.
         codebook_dim: width of the latent mean.
-        tile_frames: latent frames that a frozen codec encodes at a time, which bounds the memory.
+        trainable: False freezes the weights and computes no gradients.
+        tile_positions: positions that a frozen codec encodes at a time, which bounds the memory.
     """
 
     def __init__(
@@ -81,10 +84,10 @@ class CodecEncoder(nn.Module):
         downsampling_ratios: list[int],
         codebook_dim: int,
         trainable: bool = False,
-        tile_frames: int = 250,
+        tile_positions: int = 250,
     ):
         super().__init__()
-        self.hop_length, self.trainable, self.tile_frames = math.prod(downsampling_ratios), trainable, tile_frames
+        self.hop_length, self.trainable, self.tile_positions = math.prod(downsampling_ratios), trainable, tile_positions
         self.conv_in = nn.Conv1d(1, encoder_hidden_size, kernel_size=7, padding=3)
         self.stages = nn.ModuleList(
             Stage(encoder_hidden_size * 2**i, stride) for i, stride in enumerate(downsampling_ratios)
@@ -98,9 +101,9 @@ class CodecEncoder(nn.Module):
 
     @torch.no_grad()
     def _initialize(self) -> None:
-        """Random weights as a scattering transform (arXiv 1203.1513): random filters, a non-linearity, and low-pass
-        windows where the rate falls. Plain random strides fold high frequencies onto low ones, and little of a sound
-        can be read from what remains; these keep its bands and envelopes."""
+        """Random weights that act like a scattering transform (arXiv 1203.1513): random filters, a non-linearity, and a
+        low-pass window in every strided convolution. Without the windows, striding aliases high frequencies onto low
+        ones and destroys most of the signal; with them, the bands and envelopes of a sound survive."""
         for module in self.modules():
             if isinstance(module, nn.Conv1d):
                 fan_in = module.weight[0].numel()
@@ -114,11 +117,13 @@ class CodecEncoder(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, waveform: Tensor) -> None:
-        """Scale random weights so that every convolution gives unit variance per channel on real sound, and centre
-        what the strided ones and the bottleneck give (layer-sequential unit variance, arXiv 1511.06422).
+        """Rescale random weights on real audio (layer-sequential unit variance, arXiv 1511.06422).
+
+        Afterwards the output of every convolution has unit variance per channel, and the outputs of the strided
+        convolutions and of the bottleneck have zero mean too.
 
         Args:
-            waveform: (B, 1, samples), whole hops; a dozen seconds are enough.
+            waveform: (B, 1, samples), whole hops; about twelve seconds in total are enough.
         """
 
         def rescale(conv: nn.Conv1d, _: tuple[Tensor], output: Tensor) -> Tensor:
@@ -127,7 +132,7 @@ class CodecEncoder(nn.Module):
                 mean = torch.zeros_like(mean)
             conv.weight /= spread[:, None, None]
             conv.bias.sub_(mean).div_(spread)
-            return (output - mean[:, None]) / spread[:, None]  # what the rescaled layer gives: the next one sees that
+            return (output - mean[:, None]) / spread[:, None]  # the rescaled layer's output, as the next layer sees it
 
         hooks = [m.register_forward_hook(rescale) for m in self.modules() if isinstance(m, nn.Conv1d)]
         self._encode(waveform, None)
@@ -135,65 +140,67 @@ class CodecEncoder(nn.Module):
             hook.remove()
 
     @property
-    def halo_frames(self) -> int:
-        """Latent frames on either side that one latent frame can see."""
-        reach, rate = 3, 1  # in samples, and samples per position at the present depth
+    def halo_positions(self) -> int:
+        """Positions on either side within the receptive field of one position."""
+        reach, rate = 3, 1  # in samples; `rate` is samples per step at the current depth
         for stage in self.stages:
             stride = stage.down.stride[0]
             reach += rate * (3 * (1 + 3 + 9) + 2 * stride)
             rate *= stride
         return -(-(reach + rate) // self.hop_length)
 
-    def forward(self, waveform: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+    def forward(self, waveform: Tensor, position_mask: Tensor | None = None) -> Tensor:
         """
         Args:
-            waveform: (B, 1, samples), samples a multiple of the hop length.
-            frame_mask: (B, frames) bool, True where valid, valid frames first; None: all valid.
+            waveform: (B, 1, samples), whole hops.
+            position_mask: (B, samples / hop_length) bool, True where valid, valid positions first; None: all valid.
         Returns:
-            (B, frames, codebook_dim) latents; at padding they mean nothing.
+            (B, samples / hop_length, codebook_dim) latents, meaningless at padding.
         """
-        if self.trainable and torch.is_grad_enabled() or waveform.is_meta or torch.compiler.is_compiling():
-            with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
-                return self._encode(waveform, frame_mask)
+        learning = self.trainable and torch.is_grad_enabled()
+        if learning or waveform.is_meta or torch.compiler.is_compiling():
+            with torch.set_grad_enabled(learning):
+                return self._encode(waveform, position_mask)
         with torch.no_grad():
-            frames = waveform.shape[-1] // self.hop_length
-            lengths = [frames] * len(waveform) if frame_mask is None else frame_mask.sum(1).tolist()
-            latents: Tensor | None = None
-            for length in dict.fromkeys(lengths):
-                rows = [row for row, other in enumerate(lengths) if other == length]
-                for some in _pieces(rows, length, self.tile_frames):
-                    found = self._encode_tiles(waveform[some, :, : length * self.hop_length])
-                    if latents is None:
-                        latents = found.new_zeros(len(waveform), frames, found.shape[-1])
-                    latents[some, :length] = found
-            return latents
+            return self._encode_rows(waveform, position_mask)
+
+    def _encode_rows(self, waveform: Tensor, position_mask: Tensor | None) -> Tensor:
+        """Every row without its padding; rows of the same length together, as many as one tile has positions for."""
+        rows, positions = len(waveform), waveform.shape[-1] // self.hop_length
+        lengths = [positions] * rows if position_mask is None else position_mask.sum(1).tolist()
+        latents = waveform.new_zeros(rows, positions, self.to_mean.out_channels)
+        for length in dict.fromkeys(lengths):
+            alike, count = [row for row in range(rows) if lengths[row] == length], max(1, self.tile_positions // length)
+            for some in (alike[start : start + count] for start in range(0, len(alike), count)):
+                latents[some, :length] = self._encode_tiles(waveform[some, :, : length * self.hop_length]).to(latents)
+        return latents
 
     def _encode_tiles(self, waveform: Tensor) -> Tensor:
-        """Rows without padding, a tile at a time."""
-        frames, tile, halo = waveform.shape[-1] // self.hop_length, self.tile_frames, self.halo_frames
+        """Rows without padding, a tile with its halo at a time."""
+        positions, halo, hop = waveform.shape[-1] // self.hop_length, self.halo_positions, self.hop_length
         tiles = []
-        for start in range(0, frames, tile):
-            first, last = max(start - halo, 0), min(start + tile + halo, frames)
-            latents = self._encode_blocks(waveform[..., first * self.hop_length : last * self.hop_length])
-            tiles.append(latents[:, start - first : start - first + tile])
+        for start in range(0, positions, self.tile_positions):
+            first, last = max(start - halo, 0), start + self.tile_positions + halo
+            latents = self._encode_blocks(waveform[..., first * hop : last * hop])
+            tiles.append(latents[:, start - first : start - first + self.tile_positions])
         return torch.cat(tiles, dim=1)
 
     def _encode_blocks(self, waveform: Tensor) -> Tensor:
         """One tile, each stage in blocks."""
         first, *rest = self.stages
-        x = _in_blocks(lambda x: first(self.conv_in(x)), waveform, first, 3)
+        x = _in_blocks(lambda x: first(self.conv_in(x)), waveform, first, self.conv_in.padding[0])
         for stage in rest:
             x = _in_blocks(stage, x, stage)
         return self.to_mean(self.conv_out(self.snake(x))).transpose(1, 2)
 
-    def _encode(self, waveform: Tensor, frame_mask: Tensor | None) -> Tensor:
-        """All at once, and so that a gradient can flow.
+    def _encode(self, waveform: Tensor, position_mask: Tensor | None) -> Tensor:
+        """The padded batch in one piece, for gradients.
 
-        After every layer, what lies outside a row's valid frames is set to zero, which is what the convolutions' own
-        padding shows them at the end of a clip.
+        Everything past a row's valid positions is zeroed before every convolution, which is exactly what a convolution
+        sees beyond the end of an unpadded clip.
         """
-        rate = self.hop_length  # positions per latent frame at the present depth
-        valid = None if frame_mask is None else frame_mask[:, None].to(waveform.dtype)
+        rate = self.hop_length  # steps per position at the current depth
+        valid = None if position_mask is None else position_mask[:, None].to(waveform.dtype)
         x = self.conv_in(_masked(waveform, _repeated(valid, rate)))
         for stage in self.stages:
             x = stage(x, _repeated(valid, rate))
@@ -201,22 +208,16 @@ class CodecEncoder(nn.Module):
         return self.to_mean(self.conv_out(_masked(self.snake(x), valid))).transpose(1, 2)
 
 
-def _pieces(rows: list[int], length: int, tile: int) -> list[list[int]]:
-    """Rows that are encoded together: as many as one tile has frames for."""
-    count = max(1, tile // length)
-    return [rows[start : start + count] for start in range(0, len(rows), count)]
-
-
-def _in_blocks(encode: Callable[[Tensor], Tensor], x: Tensor, stage: Stage, more: int = 0) -> Tensor:
-    """`encode(x)` of a stage, or of what ends with one and sees `more` positions, a cache's worth of them at a time."""
-    length, stride, channels = x.shape[-1], stage.down.stride[0], stage.down.in_channels
-    block = max(BLOCK_VALUES // (x.shape[0] * channels), 1) // stride * stride
-    halo = stage.halo + -(-more // stride) * stride
-    if x.is_cuda or block < 8 * halo or block >= length:
+def _in_blocks(encode: Callable[[Tensor], Tensor], x: Tensor, stage: Stage, reach: int = 0) -> Tensor:
+    """`encode(x)` of a stage, or of layers that end with one and see `reach` steps more, a block of steps at a time."""
+    stride, channels = stage.down.stride[0], stage.down.in_channels
+    block = max(BLOCK_VALUES // (len(x) * channels), 1) // stride * stride
+    halo = stage.halo + -(-reach // stride) * stride
+    if x.is_cuda or block < 8 * halo or block >= x.shape[-1]:
         return encode(x)
     blocks = []
-    for start in range(0, length, block):
-        first, last = max(start - halo, 0), min(start + block + halo, length)
+    for start in range(0, x.shape[-1], block):
+        first, last = max(start - halo, 0), start + block + halo
         blocks.append(encode(x[..., first:last])[..., (start - first) // stride : (start - first + block) // stride])
     return torch.cat(blocks, dim=-1)
 

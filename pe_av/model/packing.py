@@ -1,30 +1,25 @@
-"""Rows of different length without their padding: one long sequence in which each row attends to itself alone.
+"""Padded rows packed into one long sequence, in which each row attends to itself alone.
 
-Linear layers, norms and rotary embedding then compute only what is valid, and attention is computed row by row. It pays
-on a CPU, where a row by itself keeps all cores busy; a GPU would wait for the lengths, and computes the padded batch.
+Linear layers, norms and rotary embedding then compute valid positions only, and attention is computed row by row. This
+pays on a CPU, where a single row keeps all cores busy. A GPU would wait for the lengths; it computes padding.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 MOST_VALID = 0.95  # share of valid positions above which packing costs more than it saves
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the valid positions of a padded batch lie.
+    """Where the valid positions of a padded batch are."""
 
-    Attributes:
-        mask: (B, T) bool, True where valid, valid positions first.
-        lengths: valid positions of each row.
-        window: how far a position looks to either side within its row; None: over all of it.
-    """
-
-    mask: Tensor
-    lengths: list[int]
-    window: int | None = None
+    mask: Tensor  # (B, T) bool, True where valid, valid positions first
+    lengths: list[int]  # valid positions of each row
+    reach: int | None = None  # how far a position attends to either side; None: over its whole row
 
     def pack(self, x: Tensor) -> Tensor:
         """(B or 1, T, …) -> (1, valid positions, …), row after row."""
@@ -34,15 +29,31 @@ class Packing:
         """(1, valid positions, …) -> (B, T, …), zeros at padding."""
         return x.new_zeros(*self.mask.shape, *x.shape[2:]).index_put((self.mask,), x[0])
 
+    def spans(self) -> Iterator[slice]:
+        """The packed positions of each row."""
+        end = 0
+        for length in self.lengths:
+            yield slice(end, end + length)
+            end += length
 
-def packing_of(mask: Tensor | None, implementation: str) -> Packing | None:
-    """How to pack a batch with this mask; None where it does not pay, or cannot be done.
+    def row_mask(self, length: int) -> Tensor | None:
+        """(1, 1, length, length) bool, True where a query may attend; None: everywhere."""
+        if self.reach is None or self.reach >= length - 1:
+            return None
+        position = torch.arange(length, device=self.mask.device)
+        return ((position[:, None] - position).abs() <= self.reach)[None, None]
+
+
+def packing_of(mask: Tensor, layers: Sequence[nn.Module]) -> Packing | None:
+    """How to pack a batch for these layers; None where it does not pay, or cannot be done.
 
     Args:
-        mask: (B, T) bool, True where valid, valid positions first; None: nothing is padded.
-        implementation: of attention; "eager" returns weights and so needs them padded.
+        mask: (B, T) bool, True where valid, valid positions first.
     """
-    if mask is None or mask.device.type != "cpu" or implementation == "eager" or torch.compiler.is_compiling():
+    # what is compiled would be compiled again for every set of lengths; eager attention returns padded weights
+    compiled = torch.compiler.is_compiling() or any(layer._compiled_call_impl is not None for layer in layers)
+    eager = any(getattr(module, "implementation", None) == "eager" for module in layers[0].modules())
+    if mask.device.type != "cpu" or compiled or eager:
         return None
     lengths = mask.sum(1).tolist()
     return Packing(mask, lengths) if sum(lengths) < MOST_VALID * mask.numel() else None

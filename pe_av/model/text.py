@@ -1,21 +1,24 @@
-"""ModernBERT (arXiv 2412.13663), of which PE-AV reads token 0 of an inner layer, before the final norm."""
+"""ModernBERT (arXiv 2412.13663). PE-AV's text feature is token 0 of an inner layer, before the final norm."""
+
+from dataclasses import replace
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from pe_av.model.packing import Packing, packing_of
 from pe_av.model.transformer import ACTIVATION, at_least_float32, attend
 
 
 def rotate_halves(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn (B, H, T, d) by `angles` (T, d/2), pairing dimension i with i + d/2, in float32 at least."""
+    """Rotary embedding: rotate dimensions (i, i + d/2) of (B, H, T, d) by `angles` (T, d/2), in at least float32."""
     first, second = at_least_float32(x).chunk(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
 
 
 class TextBlock(nn.Module):
-    """Pre-norm layer with GeGLU; the first of a model has no norm before its attention."""
+    """Pre-norm layer with GeGLU; the first layer of a model has no norm before its attention."""
 
     def __init__(
         self,
@@ -25,14 +28,13 @@ class TextBlock(nn.Module):
         activation: str,
         eps: float,
         dropout: float,
-        rope_theta: float,
         is_global: bool,
         first: bool,
         attention: str,
     ):
         super().__init__()
         self.num_heads, self.dropout, self.activation = num_heads, dropout, activation
-        self.rope_theta, self.is_global, self.implementation = rope_theta, is_global, attention
+        self.is_global, self.implementation = is_global, attention
         self.attention_norm = nn.Identity() if first else nn.LayerNorm(hidden_size, eps=eps, bias=False)
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.out = nn.Linear(hidden_size, hidden_size, bias=False)
@@ -40,12 +42,10 @@ class TextBlock(nn.Module):
         self.gate_up = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
         self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, angles: Tensor, mask: Tensor | Packing | None) -> tuple[Tensor, Tensor | None]:
         q, k, v = rearrange(
             self.qkv(self.attention_norm(x)), "b t (three h d) -> three b h t d", three=3, h=self.num_heads
         )
-        half = torch.arange(0, q.shape[-1], 2, device=x.device, dtype=torch.float32) / q.shape[-1]
-        angles = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)[:, None] / self.rope_theta**half
         attended, weights = attend(
             rotate_halves(q, angles),
             rotate_halves(k, angles),
@@ -62,8 +62,8 @@ class TextBlock(nn.Module):
 class ModernBERT(nn.Module):
     """(B, T) token ids -> (B, T, D) after layer `nth_text_layer`. Arguments are those of `config.TextConfig`.
 
-    Layers past `nth_text_layer` and the final norm never run; they exist, frozen, so that a published checkpoint goes
-    in and out whole.
+    The layers past `nth_text_layer` and the final norm never run. They exist, frozen, so that converting a published
+    checkpoint loses no weights.
     """
 
     def __init__(
@@ -84,7 +84,8 @@ class ModernBERT(nn.Module):
         attention: str,
     ):
         super().__init__()
-        self.reach, self.nth = local_attention // 2, nth_text_layer
+        self.reach, self.nth, self.head_dim = local_attention // 2, nth_text_layer, hidden_size // num_attention_heads
+        self.rope_theta = {True: global_rope_theta, False: local_rope_theta}  # of global and of local layers
         self.embedding = nn.Embedding(vocab_size, hidden_size)
         self.embedding_norm = nn.LayerNorm(hidden_size, eps=norm_eps, bias=False)
         self.layers = nn.ModuleList(
@@ -95,7 +96,6 @@ class ModernBERT(nn.Module):
                 hidden_act,
                 norm_eps,
                 attention_dropout,
-                rope_theta=local_rope_theta if i % global_attn_every_n_layers else global_rope_theta,
                 is_global=i % global_attn_every_n_layers == 0,
                 first=i == 0,
                 attention=attention,
@@ -112,18 +112,27 @@ class ModernBERT(nn.Module):
             input_ids: (B, T) token ids.
             mask: (B, T) bool, True where valid, valid tokens first; None: all valid.
         Returns:
-            hidden states (B, T, D) and per layer the attention weights (B, H, T, T) of "eager", else None.
+            hidden states (B, T, D), and per layer the attention weights (B, H, T, T) if attention="eager", else None.
         """
+        x = self.embedding_norm(self.embedding(input_ids))
         position = torch.arange(input_ids.shape[1], device=input_ids.device)
+        exponent = torch.arange(0, self.head_dim, 2, device=x.device, dtype=torch.float32) / self.head_dim
+        angles = {
+            is_global: position.float()[:, None] / theta**exponent for is_global, theta in self.rope_theta.items()
+        }
         distance = (position[:, None] - position).abs()
         everything = None if mask is None else mask[:, None, None]
         window = (distance <= self.reach)[None, None]
         if mask is not None:
-            # a padded query far from every valid key looks at itself, since a softmax over nothing is NaN
+            # padding far from every valid token attends to itself, because a softmax over no keys is NaN
             window = window & (everything | (distance == 0))
-        x = self.embedding_norm(self.embedding(input_ids))
+        masks: dict[bool, Tensor | Packing | None] = {True: everything, False: window}
+        packing = None if mask is None else packing_of(mask, self.layers)
+        if packing is not None:
+            x, angles = packing.pack(x), {kind: packing.pack(a[None])[0] for kind, a in angles.items()}
+            masks = {True: packing, False: replace(packing, reach=self.reach)}
         weights = []
         for layer in self.layers[: self.nth]:
-            x, layer_weights = layer(x, everything if layer.is_global else window)
+            x, layer_weights = layer(x, angles[layer.is_global], masks[layer.is_global])
             weights.append(layer_weights)
-        return x, weights
+        return x if packing is None else packing.unpack(x), weights

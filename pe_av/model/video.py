@@ -1,21 +1,23 @@
-"""The video tower: every frame through the vision transformer, then a transformer over time."""
+"""The video tower: frames -> vision transformer, one vector per frame -> temporal transformer."""
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from pe_av.model.transformer import TemporalTransformer
 from pe_av.model.vit import VisionTransformer
 
+FRAMES_AT_A_TIME = 32  # where no gradient is needed; a thousand frames then take no more memory than these
+
 
 def scale_frames(frames: Tensor) -> Tensor:
-    """Pixels as bytes, of any shape, to what the frame encoder reads: mean 0.5 and standard deviation 0.5 of [0, 1]."""
+    """uint8 pixels of any shape -> float32 in [-1, 1]: scaled to [0, 1], then normalized with mean and std 0.5."""
     return frames.to(torch.float32).div_(255).sub_(0.5).div_(0.5)
 
 
 class VideoEncoder(nn.Module):
-    """Frame features (B, F, vision_dim), `encode`d from frames -> pooled (B, D) and sequence (B, F, D)."""
+    """`encode`: frames -> frame features; `forward`: frame features (B, F, vision_dim) -> pooled and sequence."""
 
     def __init__(self, vision: VisionTransformer, transformer: TemporalTransformer, vision_dim: int, hidden_size: int):
         super().__init__()
@@ -24,19 +26,38 @@ class VideoEncoder(nn.Module):
         self.data_proj = nn.Linear(hidden_size, hidden_size)
         self.transformer = transformer
 
-    def encode(self, pixel_values_videos: Tensor) -> Tensor:
-        """(B, F, 3, S, S) in [-1, 1] -> (B, F, vision_dim), of unit length: what a frozen frame encoder gives."""
-        batch = pixel_values_videos.shape[0]
-        frames = self.vision(rearrange(pixel_values_videos, "b f c h w -> (b f) c h w"))
-        return rearrange(F.normalize(frames, dim=-1), "(b f) d -> b f d", b=batch)
+    def encode(self, pixel_values_videos: Tensor, padding_mask_videos: Tensor | None = None) -> Tensor:
+        """What can be cached while `vision` is frozen. Only valid frames are computed, a bounded number at a time.
+
+        Args:
+            pixel_values_videos: (B, F, 3, S, S) in [-1, 1], or uint8, which is scaled.
+            padding_mask_videos: (B, F) bool, True where valid; None: all valid.
+        Returns:
+            (B, F, vision_dim) frame features of unit length, zeros at padding.
+        """
+        pixels = pixel_values_videos.flatten(0, 1)
+        size, mask = pixel_values_videos.shape[:2], padding_mask_videos
+        if mask is None or mask.is_meta or torch.compiler.is_compiling():
+            return self._encode(pixels).unflatten(0, size)
+        features = self._encode(pixels[mask.flatten()])
+        return features.new_zeros(*size, features.shape[-1]).index_put((mask,), features)
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """(N, 3, S, S) -> (N, vision_dim)."""
+        weight = self.vision.patch_embed.weight
+        # sharded weights are gathered in every call, of which all ranks must make as many
+        pieces = [pixels] if torch.is_grad_enabled() or isinstance(weight, DTensor) else pixels.split(FRAMES_AT_A_TIME)
+        found = [self.vision((scale_frames(p) if p.dtype == torch.uint8 else p).to(weight.dtype)) for p in pieces]
+        return F.normalize(torch.cat(found), dim=-1)
 
     def forward(
         self, frame_features: Tensor, padding_mask_videos: Tensor | None = None
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """
         Args:
-            frame_features: (B, F, vision_dim); padding_mask_videos: (B, F) bool, True where valid, valid frames first.
+            frame_features: (B, F, vision_dim).
+            padding_mask_videos: (B, F) bool, True where valid, valid frames first; None: all valid.
         Returns:
-            pooled (B, D), sequence (B, F, D), attention weights per layer.
+            pooled (B, D), sequence (B, F, D), attention weights per layer (None unless attention="eager").
         """
         return self.transformer(self.data_proj(self.proj(frame_features)), padding_mask_videos)
