@@ -1,0 +1,114 @@
+"""What is computed without padding, in pieces or compiled, against the padded batch at once: values and gradients."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import in_double, random_batch, randomize, relative_error, small_config
+from torch import Tensor
+
+from pe_av.model import packing, video
+from pe_av.model.pe_audio_video import PEAudioVideo
+from pe_av.model.transformer import attend
+
+
+@pytest.fixture(scope="module")
+def model() -> PEAudioVideo:
+    return randomize(PEAudioVideo(small_config())).double().eval()
+
+
+def results(model: PEAudioVideo, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All embeddings, and the gradient of every parameter that has one."""
+    model.zero_grad(set_to_none=True)
+    out = model(**batch, return_loss=True)
+    out.loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: value.detach() for name, value in out.embeds().items()} | gradients
+
+
+def test_packed_rows_are_the_padded_ones(model: PEAudioVideo, monkeypatch: pytest.MonkeyPatch):
+    """Also in the gradients. That packing takes place is seen from attention, which then gets one row."""
+    batch = in_double(random_batch(model.config))
+    rows = []
+    monkeypatch.setattr("pe_av.model.text.attend", lambda q, *rest: (rows.append(len(q)), attend(q, *rest))[1])
+    packed = results(model, batch)
+    monkeypatch.setattr(packing, "MOST_VALID", 0.0)
+    padded = results(model, batch)
+    assert set(rows[: len(rows) // 2]) == {1} and set(rows[len(rows) // 2 :]) == {len(batch["input_ids"])}
+    assert packed.keys() == padded.keys() and len(padded) > 100
+    for name, value in padded.items():
+        assert relative_error(packed[name], value) <= 1e-9 or value.norm() < 1e-12, name
+
+
+@pytest.mark.parametrize("reach", [None, 0, 1, 4, 100])
+def test_packed_attention_is_attention_under_a_mask(reach: int | None):
+    lengths = [5, 1, 9, 3]
+    mask = torch.arange(9) < torch.tensor(lengths)[:, None]
+    q, k, v = (torch.randn(4, 6 if i == 0 else 2, 9, 8, dtype=torch.float64) for i in range(3))
+    distance = (torch.arange(9)[:, None] - torch.arange(9)).abs()
+    window = mask[:, None, None] & (distance <= (9 if reach is None else reach)) | (distance == 0)
+    expected, _ = attend(q, k, v, window, "eager")
+    rows = packing.Packing(mask, lengths, reach)
+    flat = [rows.pack(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v)]
+    found = rows.unpack(attend(*flat, rows, "sdpa")[0].transpose(1, 2)).transpose(1, 2)
+    assert relative_error(found[mask[:, None].expand(-1, 6, -1)], expected[mask[:, None].expand(-1, 6, -1)]) <= 1e-12
+
+
+@pytest.mark.parametrize("at_a_time", [1, 3, 100])
+def test_frames_in_pieces_and_without_padding(model: PEAudioVideo, monkeypatch: pytest.MonkeyPatch, at_a_time: int):
+    batch = in_double(random_batch(model.config))
+    pixels, mask = batch["pixel_values_videos"], batch["padding_mask_videos"]
+    frames = pixels.flatten(0, 1)
+    expected = torch.nn.functional.normalize(model.video.vision(frames), dim=-1).unflatten(0, mask.shape)
+    monkeypatch.setattr(video, "FRAMES_AT_A_TIME", at_a_time)
+    counted = []
+    monkeypatch.setattr(model.video.vision, "forward", _counting(model.video.vision.forward, counted))
+    with torch.no_grad():
+        found = model.video.encode(pixels, mask)
+    assert relative_error(found[mask], expected[mask]) <= 1e-12 and not found[~mask].any()
+    assert sum(counted) == mask.sum() and max(counted) <= at_a_time
+
+
+def test_frames_as_bytes_are_scaled_in_pieces_too(model: PEAudioVideo):
+    size = model.config.video.vision.image_size
+    frames = torch.randint(0, 256, (2, 5, 3, size, size), dtype=torch.uint8)
+    with torch.no_grad():
+        found = model.video.encode(frames)
+        expected = model.video.encode((frames.double() / 255 - 0.5) / 0.5)
+    assert relative_error(found, expected) <= 1e-6  # bytes are scaled in float32
+
+
+def _counting(forward, counted: list[int]):
+    def counting(pixels: Tensor) -> Tensor:
+        counted.append(len(pixels))
+        return forward(pixels)
+
+    return counting
+
+
+def lengths_of_batches() -> Iterator[tuple[tuple[int, int, int], ...]]:
+    yield ((24, 12, 5), (9, 5, 8), (15, 7, 3))
+    yield ((11, 9, 4), (30, 14, 9), (7, 6, 2), (20, 3, 6))
+    yield ((40, 4, 3), (3, 20, 12))
+    yield ((5, 31, 7), (33, 2, 2), (17, 8, 20))
+
+
+def test_the_forward_compiles_to_one_graph_for_all_lengths(model: PEAudioVideo):
+    """With dynamic shapes, by the eager backend; a graph break is an error, and so is another compilation."""
+    torch._dynamo.reset()
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    fast = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
+    graphs = []
+    for rows in lengths_of_batches():
+        batch = in_double(random_batch(model.config, rows))
+        with torch.no_grad():
+            found, expected = fast(**batch), model(**batch)
+        for name, value in expected.embeds().items():
+            assert relative_error(getattr(found, f"{name}_embeds"), value) <= 1e-9, name
+        graphs.append(len(compiled))
+    assert graphs[-1] == graphs[1] <= 2, graphs
