@@ -14,7 +14,7 @@ from typing import Any
 
 from pe_av.config import ConfigError
 from pe_av.data.manifest import Clip, measured
-from pe_av.data.shards import clip_of
+from pe_av.data.shards import sample_clip
 from pe_av.workers import Item
 
 PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds before a shard that failed is opened again
@@ -166,7 +166,7 @@ def _sample(url: str, number: int, found: dict[str, Any]) -> Sample:
     name = f"{url}#{key}"
     files = {end: (end, content) for end, content in found.items() if isinstance(content, bytes)}
     shard = re.findall(r"[^/\s]+\.tar", url) or [url]  # a command may say more after it, and a signed URL too
-    clip, wrong = clip_of(Path(shard[-1]), key, files)
+    clip, wrong = sample_clip(Path(shard[-1]).stem, key, files)
     damaged = [complaint for complaint in wrong if complaint.startswith("its .json")]
     if clip is None or damaged:
         raise ConfigError(f"{name}: {(damaged or wrong)[-1]}")

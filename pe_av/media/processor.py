@@ -102,7 +102,7 @@ class Processor:
         if len(set(counts.values())) > 1 or 0 in counts.values():
             listed = ", ".join(f"{count} of {name}" for name, count in counts.items())
             raise ValueError(
-                f"got {listed}; pass equally many of each, and at least one, because row i of the batch is item i of each"
+                f"got {listed}; pass equally many of each, and at least one: row i of the batch is item i of each"
             )
 
         batch: dict[str, Tensor] = {}
