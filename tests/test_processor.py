@@ -430,11 +430,11 @@ BAD_VIDEOS = [
     (torch.zeros(1, 2, 3, 8, 8, dtype=torch.uint8), r"frames of shape \(1, 2, 3, 8, 8\); pass"),
     (
         torch.zeros(2, 3, 8, 3, dtype=torch.uint8),
-        r"frames of shape \(2, 3, 8, 3\); the second or the last dimension .* only one",
+        r"frames of shape \(2, 3, 8, 3\); exactly one of the second and the last .* must be 3",
     ),
     (
         torch.zeros(2, 4, 8, 8, dtype=torch.uint8),
-        r"frames of shape \(2, 4, 8, 8\); the second or the last dimension .* only one",
+        r"frames of shape \(2, 4, 8, 8\); exactly one of the second and the last .* must be 3",
     ),
     (7, "is of type int; pass a path, or frames as a tensor or array"),
     ([np.zeros((8, 8, 3), np.uint8)], "is of type list; pass a path, or frames as a tensor or array"),

@@ -22,13 +22,8 @@ from pe_av.data.shards import sample_clip
 from pe_av.workers import Item
 
 PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds to wait before each new attempt at a shard that failed
-FINAL_ERRORS = (
-    FileNotFoundError,
-    PermissionError,
-    IsADirectoryError,
-    NotADirectoryError,
-    ValueError,
-)  # not tried again
+# errors after which another attempt would fail too
+FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
 BLOCK = 2**23  # bytes to request from a server at a time, if it serves ranges of a file
 BUFFER = 2**18  # bytes to take from an open shard at a time; a multiple of the tar's blocks of 512
 

@@ -39,12 +39,11 @@ ROLES = ("audio", "video", "media")  # KEY.ROLE.EXTENSION, with any extension; "
 Files = dict[str, tuple[str, bytes | None]]
 
 
-def pack(manifest: Manifest, folder: str | Path, shard_bytes: int = 10**9, threads: int = 4) -> dict[str, str]:
+def pack(manifest: Manifest, folder: str | Path, shard_bytes: int = 10**9) -> dict[str, str]:
     """Pack the files of a manifest into shards. Shards that are already complete in the folder are kept.
 
     Args:
         shard_bytes: approximate size of a shard.
-        threads: number of shards that are written at the same time.
     Returns:
         id -> reason, for clips that were left out.
     Raises:
@@ -64,7 +63,7 @@ def pack(manifest: Manifest, folder: str | Path, shard_bytes: int = 10**9, threa
         if known != summary:
             raise ConfigError(f"{folder}: has shards of another manifest, or of other sizes; pack into another folder")
     _write_text(summary_file, json.dumps(summary))
-    with ThreadPoolExecutor(threads) as pool:  # reading, hashing and writing all release the GIL
+    with ThreadPoolExecutor(4) as pool:  # reading, hashing and writing all release the GIL
         jobs = pool.map(lambda job: _pack_shard(manifest, folder, *job), enumerate(plan))
         shards = list(track(jobs, "packing", total=len(plan), console=Console(stderr=True)))
     _write_text(folder / "SHA256SUMS", "".join(f"{shard['sha256']}  {shard['shard']}\n" for shard in shards))

@@ -70,8 +70,8 @@ def to_frames(video: Any) -> Tensor:
         raise MediaError(f"frames of shape {shape} have no pixels; leave the item out")
     if (shape[1] == 3) == (shape[3] == 3):
         raise MediaError(
-            f"frames of shape {shape}; the second or the last dimension is the colour and must be 3, and only one of "
-            "them may be: pass RGB as (F, 3, H, W) or (F, H, W, 3)"
+            f"frames of shape {shape}; exactly one of the second and the last dimension must be 3, for RGB: "
+            "pass (F, 3, H, W) or (F, H, W, 3)"
         )
     return frames if shape[1] == 3 else rearrange(frames, "f h w c -> f c h w")
 

@@ -95,8 +95,14 @@ class Processor:
             ValueError: nothing was given, or lists of different lengths, or text that cannot be used.
             MediaError: an audio or video that cannot be used; the message has its number, and its path if it has one.
         """
-        given = {"text": _as_list(text), "audio": _as_list(audio), "videos": _as_list(videos)}
-        counts = {name: len(items) for name, items in given.items() if items is not None}
+        arguments = {"text": text, "audio": audio, "videos": videos}
+        # a string, path, tensor or array is a single item
+        given = {
+            name: list(items) if isinstance(items, list | tuple) else [items]
+            for name, items in arguments.items()
+            if items is not None
+        }
+        counts = {name: len(items) for name, items in given.items()}
         if not counts:
             raise ValueError("nothing to process: pass at least one of text=, audio= and videos=")
         if len(set(counts.values())) > 1 or 0 in counts.values():
@@ -106,12 +112,12 @@ class Processor:
             )
 
         batch: dict[str, Tensor] = {}
-        if given["text"] is not None:
+        if "text" in given:
             batch |= self.batch_text(given["text"])
-        if given["audio"] is not None:
+        if "audio" in given:
             items = _map("audio", given["audio"], lambda item: self.audio_item(item, sampling_rate, max_seconds))
             batch |= self.batch_audio(items)
-        if given["videos"] is not None:
+        if "videos" in given:
             items = _map("videos", given["videos"], lambda item: self.video_item(item, max_seconds))
             batch |= self.batch_videos(items)
         return batch
@@ -223,7 +229,7 @@ class Processor:
         """
         if self._encoder is None:
             raise ValueError(
-                "text needs a tokenizer, and this processor has none: put tokenizer.json into its folder, the one with "
+                "text needs a tokenizer, and this processor has none: put tokenizer.json into its folder, beside "
                 "config.yaml, or pass tokenizer= to Processor"
             )
         rows = []
@@ -264,13 +270,6 @@ def mask_of(rows: Sequence[Tensor]) -> Tensor:
     """(B, longest) bool, True where a row has a value, for rows that will be padded on the right."""
     lengths = torch.tensor([len(row) for row in rows])
     return torch.arange(int(lengths.max())) < lengths[:, None]
-
-
-def _as_list(items: Any) -> list | None:
-    """The argument for one modality as a list. A string, path, tensor or array is a single item."""
-    if items is None:
-        return None
-    return list(items) if isinstance(items, list | tuple) else [items]
 
 
 def _map(modality: str, items: list, process: Callable[[Any], Tensor]) -> list[Tensor]:

@@ -28,12 +28,7 @@ class Timeline(NamedTuple):
 
 
 def read_timeline(source: str | Path, start: float, end: float | None, max_seconds: float | None) -> Timeline:
-    """The frames that are on screen in a segment, which is limited as for `frames.iter_frames`.
-
-    Raises:
-        MissingTrackError: the file has no video track, or an empty one.
-        MediaError: no such file, not media, damaged, or nothing between start and end.
-    """
+    """The frames that are on screen in a segment; limits and errors are those of `frames.iter_frames`."""
     limits = (start, end, max_seconds)
     return _read_timeline(source, *limits, seek=True) or _read_timeline(source, *limits, seek=False)
 
@@ -126,7 +121,8 @@ def _read_timeline(
             if packet.dts is not None and packet.dts * unit >= last:
                 break
 
-    # A recording that was cut out of a stream begins with frames that refer to a keyframe it does not have.
+    # Which frames can be decoded and are shown: a recording that was cut out of a stream begins with frames that refer
+    # to a keyframe it does not have.
     keyframes = sorted(packet.stamp for packet in packets if packet.is_key)
     first = keyframes[0] if keyframes else earliest
     if sought and first * unit > begin:
@@ -135,14 +131,16 @@ def _read_timeline(
     if not shown:
         raise track.empty_error(source)
 
+    # When each comes on screen, and when the last one leaves it. If the file does not say that, the last frame stays as
+    # long as the one before it, and a lone one for one unit.
     stamps = [packet.stamp for packet in shown]
-    # a last frame without a duration stays as long as the one before it, and a lone one for one unit
     duration = shown[-1].duration or (stamps[-1] - stamps[-2] if len(stamps) > 1 else 1)
     times = [stamp * unit for stamp in (*stamps, stamps[-1] + duration)]
-    # the first frame belongs to the clip even if its timestamp lies before the clock's zero
+
+    # The segment on the file's clock. The first frame belongs to the file even if it is earlier than the clock's zero.
     begin = begin if start else min(begin, times[0])
     begin = begin if shared else max(begin, times[0])
-    interval = max((times[-1] - times[0]) / len(shown), Fraction(1, 120))
+    interval = max((times[-1] - times[0]) / len(shown), Fraction(1, 120))  # mean time of a frame
     audio_is_longer = track.other_end - times[-1] > max(TOGETHER, interval)
     limit = min(limit, begin + longest, track.other_end if audio_is_longer else times[-1])
     gap_before, gap_after = max(min(times[0], limit) - begin, 0), max(limit - max(times[-1], begin), 0)
