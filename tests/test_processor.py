@@ -295,7 +295,7 @@ BAD_AUDIO = [
     (np.array([0.1, math.nan]), "has samples that are NaN or Inf"),
     (
         torch.tensor([0.0, 20_000.0]),
-        r"its samples reach 20000, but full scale is \[-1, 1\]; scale them down or pass int16",
+        r"samples reach 20000, but full scale is \[-1, 1\]; divide them or pass int16",
     ),
     (torch.zeros(100, dtype=torch.bool), "a waveform of torch.bool; pass floating point"),
     (torch.zeros(100, dtype=torch.uint8), "a waveform of torch.uint8; pass floating point"),

@@ -63,9 +63,7 @@ def _read_audio(
                     return None
                 blocks += _silence(source, channels, min(now, stop) - begin, rate)
             if frame.sample_rate != rate or len(block) != channels:
-                raise MediaError(
-                    f"{source}: its sampling rate or number of channels changes midway; re-encode it with fixed ones"
-                )
+                raise MediaError(f"{source}: its sampling rate or channels change midway; re-encode it with fixed ones")
             if begin - block.shape[1] < now < stop:
                 blocks.append(block[:, max(begin - now, 0) : min(stop - now, block.shape[1])])
             now += block.shape[1]

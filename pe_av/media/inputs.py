@@ -21,9 +21,7 @@ def to_waveform(audio: Any) -> Tensor:
     waveform = _to_tensor(audio, "a waveform")
     shape = tuple(waveform.shape)
     if waveform.ndim not in (1, 2):
-        raise MediaError(
-            f"a waveform of shape {shape}; pass (samples,) or (channels, samples), and a batch as a list of waveforms"
-        )
+        raise MediaError(f"a waveform of shape {shape}; pass (samples,) or (channels, samples), and a batch as a list")
     if 0 in shape:
         raise MediaError(f"a waveform of shape {shape} has no samples; leave the item out")
     if waveform.ndim == 2 and shape[0] > shape[1]:
@@ -31,9 +29,7 @@ def to_waveform(audio: Any) -> Tensor:
     if waveform.dtype in (torch.int16, torch.int32):
         waveform = waveform.float() / -float(torch.iinfo(waveform.dtype).min)
     elif not waveform.is_floating_point():
-        raise MediaError(
-            f"a waveform of {waveform.dtype}; pass floating point in [-1, 1], or int16 or int32 at full scale"
-        )
+        raise MediaError(f"a waveform of {waveform.dtype}; pass floating point in [-1, 1], int16 or int32")
     return waveform.float() if waveform.ndim == 2 else waveform.float()[None]
 
 

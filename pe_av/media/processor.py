@@ -122,9 +122,6 @@ class Processor:
             batch |= self.batch_videos(items)
         return batch
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # one item
-
     def audio_item(
         self,
         audio: Media,
@@ -157,10 +154,8 @@ class Processor:
             begin = max(math.floor(start - FILTER_REACH), 0)
             waveform, rate = read_audio(audio, start=begin, end=None if end is None else end + FILTER_REACH)
             if not MIN_RATE <= rate <= MAX_RATE:
-                raise MediaError(
-                    f"{name}its sampling rate of {rate} Hz is not between {MIN_RATE} and {MAX_RATE}; resample it or "
-                    "leave it out"
-                )
+                limits = f"{MIN_RATE} and {MAX_RATE} Hz"
+                raise MediaError(f"{name}its rate of {rate} Hz is not between {limits}; resample it or leave it out")
         else:
             if start:
                 raise ValueError("start= is for files; cut a waveform before passing it")
@@ -173,9 +168,7 @@ class Processor:
         if not math.isfinite(peak):
             raise MediaError(f"{name}has samples that are NaN or Inf; repair it or leave it out")
         if peak > 10:  # loud music exceeds 1, but not by this much
-            raise MediaError(
-                f"{name}its samples reach {peak:.0f}, but full scale is [-1, 1]; scale them down or pass int16"
-            )
+            raise MediaError(f"{name}samples reach {peak:.0f}, but full scale is [-1, 1]; divide them or pass int16")
         codec = self.config.audio.codec
         waveform = resample(waveform, rate, codec.sampling_rate)
         first = round((start - begin) * codec.sampling_rate)
@@ -215,9 +208,6 @@ class Processor:
         size = [config.vision.image_size] * 2
         resized = [VF.resize(chunk, size, VF.InterpolationMode.BILINEAR, antialias=True) for chunk in chunks]
         return torch.cat(resized).contiguous()
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # items to a batch
 
     def batch_text(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Captions -> `input_ids` and `attention_mask` (B, T), padded on the right to the longest.

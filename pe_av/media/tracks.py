@@ -92,12 +92,9 @@ class Track:
     def empty_error(self, source: str | Path) -> MediaError:
         """The error for a track in which nothing was found. It may be made when the file is closed."""
         if self._has_content:
-            return MediaError(
-                f"{source}: damaged, nothing in its {self.modality} track can be decoded; re-encode it or leave it out"
-            )
-        return MissingTrackError(
-            f"{source}: its {self.modality} track is empty; {ADVICE[self.modality]}, or leave it out"
-        )
+            return MediaError(f"{source}: damaged, no {self.modality} can be decoded; re-encode it or leave it out")
+        advice = ADVICE[self.modality]
+        return MissingTrackError(f"{source}: its {self.modality} track is empty; {advice}, or leave it out")
 
 
 @contextmanager
