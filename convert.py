@@ -1,6 +1,7 @@
-"""Checkpoints in and out: `python convert.py source=DIR target=DIR [to=native|hf]`; the format is found by looking.
+"""Convert a checkpoint: `python convert.py source=DIR target=DIR [to=native|hf]`.
 
-`source` may also be a name on the Hugging Face hub, such as facebook/pe-av-large.
+The source's format is recognized by its contents. `source` may also be a name on the Hugging Face hub, such as
+facebook/pe-av-large.
 """
 
 from pathlib import Path
@@ -10,7 +11,7 @@ from pe_av.config.compose import run_command
 
 
 def run(config: ConvertConfig, _: Path) -> None:
-    from pe_av.conversion.folders import convert
+    from pe_av.conversion.write_checkpoint import convert
 
     convert(config.source, config.target, config.to)
 

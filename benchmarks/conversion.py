@@ -28,7 +28,7 @@ WEIGHTS = "model.safetensors"
 # in a process of its own: seconds, and peak and idle memory in kB
 CONVERT = """
 import os, sys, time
-from pe_av.conversion.convert import convert
+from pe_av.conversion.write_checkpoint import convert
 
 def memory(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))

@@ -1,6 +1,6 @@
-"""Models from a preset, from a native checkpoint, and back: a folder of `config.yaml` and `model.safetensors`.
+"""Build models, load and save them. A checkpoint is a folder with `config.yaml` and `model.safetensors`.
 
-Nothing in the folder can run code: the config is checked against dataclasses, and no pickle is read.
+Nothing in the folder can run code: the config is checked against dataclasses, and pickles are never read.
 """
 
 import os
@@ -34,7 +34,7 @@ def build_model(
 
     Args:
         config: the name of a file in `configs/model/`, e.g. "large", or a config, which decides the class.
-        device: "meta" gives the shapes without the memory.
+        device: "meta" gives the shapes without allocating memory.
         dtype: of the weights; None: float32.
     """
     if isinstance(config, str):
@@ -50,49 +50,51 @@ def load_model(
     dtype: torch.dtype | None = None,
     towers: Sequence[str] | None = None,
 ) -> Model:
-    """The model of a native checkpoint folder, in eval mode.
+    """Load the model of a checkpoint folder in our own format, in eval mode.
 
     Args:
         dtype: of the weights; None: as stored.
-        towers: the parts that you need, of "text", "audio", "video" and "fusion", e.g. ("audio", "text"): the others
-            are neither read nor built, and the model makes the embeddings that these allow. None: everything.
+        towers: which of "text", "audio", "video" and "fusion" to load, e.g. ("audio", "text"). The others are neither
+            read nor built, and the model has the heads that the loaded towers allow. None: everything.
     Raises:
         CheckpointError: no such folder, unreadable weights, or weights that do not fit the config.
-        ConfigError: the config has an unknown key or an impossible value, or `towers` are not the model's.
+        ConfigError: an unknown key or an impossible value in the config, or `towers` that the model does not have.
     """
     path = Path(path)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
-            raise CheckpointError(f"{path}: no {name} there, so this is no native checkpoint folder{_hint(path)}")
+            raise CheckpointError(
+                f"{path}: has no {name}, so it is not a checkpoint folder in our own format{_hint(path)}"
+            )
     config = read_model_config(path / CONFIG_FILE)
     model = build_model(config, "meta")
     with open_weights(path / WEIGHTS_FILE, device) as file:
         _check_fit(model, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, path)  # noqa: SIM118
         if towers is not None:
             if isinstance(config, PEAudioFrameConfig):
-                raise ConfigError("towers: PEAudioFrame needs both of its towers; leave the argument out")
+                raise ConfigError("towers: PEAudioFrame always needs both of its towers; leave the argument out")
             model = build_model(config.keep(towers), "meta")
-        # memory-mapped: what is not asked for is never read from the disk
+        # the file is memory-mapped, so weights that are not requested are never read from the disk
         weights = {name: file.get_tensor(name).to(dtype=dtype) for name in model.state_dict()}
-    model.load_state_dict(weights, assign=True)  # which keeps what is frozen frozen
+    model.load_state_dict(weights, assign=True)  # keeps frozen parameters frozen
     return model.eval()
 
 
 def save_model(model: Model, path: str | Path) -> None:
-    """Write a native checkpoint folder, replacing the files of an older one each at once."""
+    """Write a checkpoint folder, or replace the files of an existing one, each atomically."""
     save_weights(model.config, model.state_dict(), path)
 
 
 def save_weights(config: ModelConfig | PEAudioFrameConfig, weights: dict[str, Tensor], path: str | Path) -> None:
-    """`save_model` of weights that are not in a model, such as those collected from shards."""
+    """`save_model` for weights that are not in a model, such as those gathered from shards."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
-    # written beside and renamed, so that a crash never leaves half a file under the final name
+    # write under another name and rename, so that a crash never leaves half a file under the final name
     try:
         save_file(weights, path / f"{WEIGHTS_FILE}.part", metadata={"format": "pt"})
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error})") from error
+        raise CheckpointError(f"{path}: the weights could not be written ({error})") from error
     os.replace(path / f"{WEIGHTS_FILE}.part", path / WEIGHTS_FILE)
     (path / f"{CONFIG_FILE}.part").write_text(model_config_yaml(config), encoding="utf-8")
     os.replace(path / f"{CONFIG_FILE}.part", path / CONFIG_FILE)
@@ -100,34 +102,35 @@ def save_weights(config: ModelConfig | PEAudioFrameConfig, weights: dict[str, Te
 
 @contextmanager
 def open_weights(path: Path, device: str | torch.device = "cpu"):
-    """The safetensors file at `path`, memory-mapped.
+    """Open the safetensors file at `path`, memory-mapped.
 
     Raises:
-        CheckpointError: it is truncated, damaged, or something else, such as a pickle, which is never read.
+        CheckpointError: the file is truncated, damaged or no safetensors file; a pickle is never read.
     """
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             yield file
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
+        raise CheckpointError(f"{path}: not a complete safetensors file ({error})") from error
 
 
 def _hint(path: Path) -> str:
     if (path / "checkpoint" / CONFIG_FILE).is_file():
-        return f"; it is the folder of a run, whose model is {path / 'checkpoint'}"
-    published = (path / "config.json").is_file()
-    return "; config.json is a published format's: python convert.py source=… target=… makes one" if published else ""
+        return f"; it is the folder of a run, whose model is in {path / 'checkpoint'}"
+    if (path / "config.json").is_file():
+        return "; it has the config.json of a published format: convert it with python convert.py source=… target=…"
+    return ""
 
 
-def _check_fit(model: Model, found: dict[str, tuple[int, ...]], path: Path) -> None:
+def _check_fit(model: Model, stored: dict[str, tuple[int, ...]], path: Path) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    wrong = [f"missing {name}" for name in expected.keys() - found.keys()]
-    wrong += [f"unknown {name}" for name in found.keys() - expected.keys()]
-    wrong += [
-        f"{name} is {found[name]}, not {expected[name]}"
-        for name in expected.keys() & found.keys()
-        if found[name] != expected[name]
+    problems = [f"missing {name}" for name in expected.keys() - stored.keys()]
+    problems += [f"unknown {name}" for name in stored.keys() - expected.keys()]
+    problems += [
+        f"{name} is {stored[name]}, not {expected[name]}"
+        for name in expected.keys() & stored.keys()
+        if stored[name] != expected[name]
     ]
-    if wrong:
-        listed = ", ".join(sorted(wrong)[:5]) + (", …" if len(wrong) > 5 else "")
-        raise CheckpointError(f"{path}: {len(wrong)} weights do not fit {CONFIG_FILE}: {listed}")
+    if problems:
+        listed = ", ".join(sorted(problems)[:5]) + (", …" if len(problems) > 5 else "")
+        raise CheckpointError(f"{path}: {len(problems)} weights do not fit {CONFIG_FILE}: {listed}")

@@ -1,26 +1,27 @@
-"""The sigmoid contrastive loss (arXiv 2303.15343, equation 1) over the pairings of a batch, on one process or many.
+"""The sigmoid contrastive loss (arXiv 2303.15343, equation 1) over the pairings of a batch, on any number of ranks.
 
-For one pairing with logits l_ij of N pairs, L = −(1/N) Σ_ij log σ(z_ij l_ij), with z_ij = +1 on the diagonal, where the
-pairs that belong together stand, and −1 everywhere else. The published code multiplies by eye(N) instead, which leaves
-the pairs that do not belong together without any gradient. The total is the weighted sum over the pairings.
+For one pairing with logits l_ij of N clips, L = −(1/N) Σ_ij log σ(z_ij l_ij), where z_ij is +1 on the diagonal, for the
+embeddings of one clip, and −1 elsewhere. (transformers multiplies by eye(N) instead, which gives the pairs off the
+diagonal no gradient.) The total is the weighted sum over the pairings. Three functions compute it:
 
-Three forms, from the plainest to the one that training uses, all with the same value and gradient:
+- `sigmoid_loss`: the formula, from the logits of one process;
+- `gathered_loss`: the formula on every rank, from the embeddings of all ranks, differentiated by autograd: the
+  readable reference that tests compare with;
+- `contrastive_loss`: what training uses, a ring (section 3.1 of that paper). The right-hand embeddings of each rank
+  travel around all ranks, one message per hop. At each rank they meet its left-hand embeddings and collect their own
+  gradient. Loss and gradients come from one pass over blocks of logits, so no N × N matrix is ever stored.
 
-- `sigmoid_loss`: the formula, of the logits of one process;
-- `gathered_loss`: the formula on every rank, of all embeddings of all ranks; autograd does the rest;
-- `contrastive_loss`: a ring (as in section 3.1 of that paper). The right-hand embeddings of a rank go around all ranks
-  in one message per hop, meet the left-hand ones of each, gather their gradient on the way, and come home with it.
-  Value and gradients are computed in one pass, block by block, so that no N × N matrix is ever kept.
+Which pairs count. Row i of the left side belongs to row i of the right side. A row whose `valid` flag is False (its
+clip lacks a modality) is left out of all its pairs, positive and negative. Where one side of a pairing is text alone,
+two different rows with equal `caption_keys` have the same caption, which is right for both; that pair is left out too.
+N is the number of rows of all ranks in which both sides are valid; if it is 0, so are the loss and its gradient.
 
-What counts. Row i of the left side belongs to row i of the right side. A row whose `valid` flag is False (the clip
-lacks a modality) is left out of every pair, as a positive and as a negative. If one side of a pairing is text alone,
-two different rows with equal `caption_keys` have the same caption, which is right for both: that pair is left out too.
-N is the number of rows, over all ranks, both sides of which are valid; with none, the loss is 0 and has no gradient.
+What each rank gets. The loss is that of the global batch and is the same on every rank, and so are the gradients of
+scales and biases. The gradient of a rank's own embeddings is that of the global loss times the world size: training
+averages the gradients of parameters over the ranks (as DDP and FSDP do), and the average is then exactly the gradient
+of one process that holds the whole batch.
 
-What each rank gets. The loss is that of the global batch, the same on every rank. So are the gradients of scales and
-biases. The gradient of a rank's own embeddings is the global loss's times the number of ranks. Data-parallel training
-averages the gradients of parameters over the ranks (DDP and FSDP do); what it arrives at is then exactly the gradient
-of one process that holds the whole batch, in the towers and in the scales and biases.
+The file is long because the three forms, which must agree on every rule above, are easiest to check side by side.
 """
 
 import hashlib
@@ -35,22 +36,24 @@ from torch.autograd.function import once_differentiable
 
 from pe_av.config import CAPTIONS, HEADS, Pairing
 
-BLOCK = 2048  # rows and columns of logits computed at a time: 16 MiB, beyond which matrix products get no faster
+BLOCK = 2048  # rows and columns of the logits computed at a time: 16 MiB; larger matrix products are not faster
 
 
 @dataclass
 class LossOutput:
+    """The loss of a global batch."""
+
     total: Tensor  # scalar, with gradient
-    losses: dict[str, Tensor]  # pairing -> its own loss, without weight and gradient, to be logged
+    losses: dict[str, Tensor]  # pairing -> its unweighted loss, without gradient, for logging
 
 
 def sigmoid_loss(logits: Tensor, counted: Tensor | None = None) -> Tensor:
-    """(N, N) logits -> scalar, in float32; float64 stays.
+    """(N, N) logits -> scalar, computed in float32, or in float64 for float64 logits.
 
     Args:
-        counted: (N, N) bool, False for the pairs that are left out; the loss is divided by the positives that remain.
+        counted: (N, N) bool, False for pairs to leave out; the loss is divided by the number of positives that count.
     Raises:
-        ValueError: the logits are not square, so which pairs belong together is not known.
+        ValueError: the logits are not square.
     """
     if logits.dim() != 2 or logits.shape[0] != logits.shape[1]:
         raise ValueError(
@@ -74,24 +77,24 @@ def contrastive_loss(
     group: dist.ProcessGroup | None = None,
     block: int = BLOCK,
 ) -> LossOutput:
-    """The weighted sum of the pairings' losses over the global batch; the head of this file says what it gives whom.
+    """The weighted sum of the pairings' losses over the global batch; the head of this file has the exact rules.
 
-    It is computed in float32 from embeddings of any precision, under autocast too; in float64 if one of them is.
+    Computed in float32 for embeddings of any dtype, under autocast too; in float64 if any of them is float64.
 
     Args:
-        embeds: embedding -> (B, D), not normalized; named as in `config.HEADS`, with "@kind" where the caption's kind
-            matters, e.g. "text_audio@audio_visual" (`Pairing.embeddings`). Every rank may have another B, also 0.
-        logits: pairing of `config.PAIRINGS` -> its learned (scale, bias), of one element each.
-        valid: embedding, named as in `embeds` -> (B,) bool, False where the clip has none; None or not named: all True.
-        caption_keys: kind of caption, None for pairings without -> (B,) int64, equal where captions are equal.
-            Ranks must give the same keys to the same captions, and masks of the same names.
-        group: the ranks that share the batch; None: all, or this process alone where none have been set up.
-        block: side of the blocks of logits.
+        embeds: embedding -> (B, D), not normalized; named as in `config.HEADS`, followed by "@kind" for captions of a
+            kind, e.g. "text_audio@audio_visual" (`Pairing.embeddings`). B may differ between ranks and may be 0.
+        logits: pairing, of `config.PAIRINGS` -> its learned (scale, bias), of one element each.
+        valid: embedding, named as in `embeds` -> (B,) bool, False where the clip lacks it; not named: all True.
+        caption_keys: kind of caption, None for pairings without one -> (B,) int64, equal for equal captions on all
+            ranks.
+        group: the ranks that share the batch; None: all ranks, or this process alone without a process group.
+        block: rows and columns of the blocks of logits.
     Raises:
         ValueError: embeddings that are missing or do not fit together, or ranks that disagree on anything but B. It is
-            raised on every rank, so that none waits for another.
+            raised on every rank, so that none is left waiting.
     """
-    plan = _plan(embeds, logits, pairings, valid or {}, caption_keys or {}, group, block)
+    plan = _plan(embeds, logits, pairings, valid, caption_keys, group, block)
     tensors = [embeds[name] for name in plan.names]
     scales, biases = zip(*(logits[name] for name in plan.learned), strict=True)
     total, losses = _RingLoss.apply(plan, *tensors, *scales, *biases)
@@ -106,19 +109,20 @@ def gathered_loss(
     caption_keys: Mapping[str | None, Tensor] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> LossOutput:
-    """`contrastive_loss` written plainly: the reference for tests, which needs several N × N matrices per pairing."""
-    plan = _plan(embeds, logits, pairings, valid or {}, caption_keys or {}, group, BLOCK)
+    """`contrastive_loss` written plainly, with several N × N matrices per pairing: the reference for tests."""
+    plan = _plan(embeds, logits, pairings, valid, caption_keys, group, BLOCK)
 
     def gather(rows: Tensor) -> Tensor:  # (B, …) of every rank -> (N, …)
         if plan.world == 1:
             return rows
         padded = rows.new_zeros(max(plan.rows), *rows.shape[1:])
         padded[: len(rows)] = rows.detach()
-        parts = [torch.empty_like(padded) for _ in plan.rows]
-        dist.all_gather(parts, padded, group=group)
-        parts = [part[:n] for part, n in zip(parts, plan.rows, strict=True)]
-        parts[plan.rank] = rows + (plan.world - 1) * (rows - rows.detach()) if rows.requires_grad else rows
-        return torch.cat(parts)
+        every = [torch.empty_like(padded) for _ in plan.rows]
+        dist.all_gather(every, padded, group=group)
+        every = [of_rank[:n] for of_rank, n in zip(every, plan.rows, strict=True)]
+        # the same values as `rows`, with a gradient that is multiplied by the world size
+        every[plan.rank] = rows + (plan.world - 1) * (rows - rows.detach()) if rows.requires_grad else rows
+        return torch.cat(every)
 
     present = {name: gather(plan.valid[name].byte()).bool() for name in plan.names if name in plan.valid}
     keys = {kind: gather(plan.keys[kind]) for kind in plan.kinds}
@@ -149,51 +153,44 @@ def gathered_loss(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what is to be computed, and that all ranks agree on it
+# the plan: what to compute, checked and agreed on by all ranks
 
 
 @dataclass
 class _Plan:
-    """What the ranks have agreed on, and the masks, which have no gradient."""
+    """What all ranks have agreed to compute, and the inputs without gradient."""
 
     pairings: list[Pairing]
     valid: Mapping[str, Tensor]
     keys: Mapping[str | None, Tensor]
     group: dist.ProcessGroup | None
     block: int
-    names: list[str] = field(default_factory=list)  # the embeddings that take part, each once
-    learned: list[str] = field(default_factory=list)  # the scales and biases that take part, each once
+    names: list[str] = field(default_factory=list)  # the embeddings of all pairings, each once
+    learned: list[str] = field(default_factory=list)  # whose scales and biases are used, each once
     dtype: torch.dtype = torch.float32
     world: int = 1
     rank: int = 0
-    rows: list[int] = field(default_factory=list)  # of every rank
-    gradient: bool = False  # whether any rank wants one
+    rows: list[int] = field(default_factory=list)  # number of rows, B, of every rank
+    gradient: bool = False  # whether any rank needs it
 
     def compares_captions(self, pairing: Pairing) -> bool:
-        """Whether equal captions make equal embeddings on one side, so that which row they stand in tells nothing."""
+        """Whether rows with equal captions are no negatives: one side is text alone, which is then equal in both."""
         return pairing.caption in self.keys and any(HEADS[s] == ("text",) for s in (pairing.left, pairing.right))
 
     @property
     def right(self) -> list[str]:
-        """The embeddings that travel; what several pairings have on their right travels once."""
+        """The embeddings that travel around the ring, each once."""
         return list(dict.fromkeys(pairing.embeddings[1] for pairing in self.pairings))
 
     @property
     def kinds(self) -> list[str | None]:
-        """The kinds of caption whose keys travel."""
+        """The kinds of caption whose keys travel around the ring."""
         return list(dict.fromkeys(p.caption for p in self.pairings if self.compares_captions(p)))
 
 
-def _plan(
-    embeds: Mapping[str, Tensor],
-    logits: Mapping[str, tuple[Tensor, Tensor]],
-    pairings: Sequence[Pairing],
-    valid: Mapping[str, Tensor],
-    keys: Mapping[str | None, Tensor],
-    group: dist.ProcessGroup | None,
-    block: int,
-) -> _Plan:
-    plan = _Plan(list(pairings), valid, keys, group, block)
+def _plan(embeds, logits, pairings, valid, caption_keys, group, block) -> _Plan:
+    """The plan for the arguments of `contrastive_loss`."""
+    plan = _Plan(list(pairings), valid or {}, caption_keys or {}, group, block)
     if dist.is_available() and dist.is_initialized():
         plan.world, plan.rank = dist.get_world_size(group), dist.get_rank(group)
     problem = _problem(embeds, logits, plan)
@@ -213,9 +210,9 @@ def _plan(
 
 
 def _agree(plan: _Plan, problem: str | None, lines: list[str]) -> None:
-    """Tell the other ranks what is to be computed, in `lines`, and learn how many rows each has."""
-    # The numbers of rows size the messages, so the host must know them. Where the group has a backend for the CPU, as
-    # it has by default, this leaves the GPU alone; with NCCL alone the host waits here until the embeddings are there.
+    """Exchange the description `lines` and the number of rows with all ranks; raise on all if one has a problem."""
+    # The host needs the numbers of rows for the sizes of the messages. With a CPU backend, which groups have by
+    # default, the exchange does not touch the GPU; with NCCL alone, the host waits here for the embeddings.
     device = "cpu" if "cpu:" in dist.get_backend_config(plan.group) else "cuda"
     digest = int.from_bytes(hashlib.blake2b("\n".join(lines).encode(), digest_size=7).digest(), "big")
     rows = plan.rows[0] if plan.rows else 0
@@ -226,15 +223,18 @@ def _agree(plan: _Plan, problem: str | None, lines: list[str]) -> None:
     plan.gradient = any(gradients)
     if len(set(digests)) == 1 and not any(problems):
         return
-    told: list[tuple[str | None, list[str]]] = [(None, [])] * plan.world
-    dist.all_gather_object(told, (problem, lines), group=plan.group)
+    reports: list[tuple[str | None, list[str]]] = [(None, [])] * plan.world
+    dist.all_gather_object(reports, (problem, lines), group=plan.group)
     if any(problems):
-        raise ValueError(problem or next(f"rank {rank}: {theirs}" for rank, (theirs, _) in enumerate(told) if theirs))
-    other = next(rank for rank in range(plan.world) if told[rank][1] != lines)
-    theirs = told[other][1]
-    here = "; ".join(line for line in lines if line not in theirs) or "nothing more, or another order"
-    there = "; ".join(line for line in theirs if line not in lines) or "nothing more, or another order"
-    raise ValueError(f"the ranks disagree on the loss: rank {plan.rank} has {here}, where rank {other} has {there}")
+        raise ValueError(
+            problem or next(f"rank {rank}: {report}" for rank, (report, _) in enumerate(reports) if report)
+        )
+    other, theirs = next((rank, report) for rank, (_, report) in enumerate(reports) if report != lines)
+    only_here = "; ".join(line for line in lines if line not in theirs) or "nothing more, or another order"
+    only_there = "; ".join(line for line in theirs if line not in lines) or "nothing more, or another order"
+    raise ValueError(
+        f"the ranks disagree on the loss: rank {plan.rank} has {only_here}, where rank {other} has {only_there}"
+    )
 
 
 def _describe(pairing: Pairing, embeds: Mapping[str, Tensor], plan: _Plan) -> str:
@@ -248,7 +248,7 @@ def _describe(pairing: Pairing, embeds: Mapping[str, Tensor], plan: _Plan) -> st
 
 
 def _problem(embeds: Mapping[str, Tensor], logits: Mapping[str, tuple[Tensor, Tensor]], plan: _Plan) -> str | None:
-    """What is wrong with the arguments on this rank, said rather than raised: the other ranks must hear of it first."""
+    """What is wrong with this rank's arguments, if anything; returned, because all ranks must raise it together."""
     if not plan.pairings:
         return "there are no pairings: the loss needs at least one"
     if plan.block < 1:
@@ -269,10 +269,10 @@ def _problem(embeds: Mapping[str, Tensor], logits: Mapping[str, tuple[Tensor, Te
             return f"pairing {pairing.name}: its embeddings are on {left.device} and {right.device}"
     rows = {len(embeds[name]) for pairing in plan.pairings for name in pairing.embeddings}
     if len(rows) > 1:
-        return f"pairings of {' and '.join(map(str, sorted(rows)))} rows: a batch has the same rows in all of them"
+        return f"pairings of {' and '.join(map(str, sorted(rows)))} rows: all pairings need the same rows"
     for name, flags in plan.valid.items():
         if name not in embeds:
-            return f"valid names {name}, of which there are no embeddings; there are {', '.join(embeds)}"
+            return f"valid names {name}, but there are no such embeddings, only {', '.join(embeds)}"
         if flags.dtype != torch.bool or flags.shape != embeds[name].shape[:1]:
             return f"valid of {name} is {flags.dtype} {tuple(flags.shape)}, not bool ({len(embeds[name])},)"
     for kind, keys in plan.keys.items():
@@ -289,16 +289,16 @@ def _problem(embeds: Mapping[str, Tensor], logits: Mapping[str, tuple[Tensor, Te
 
 @dataclass
 class _Rows:
-    """The rows of one rank: its own, or the right-hand side of one that passes by."""
+    """Rows of one rank: all of this rank's own, or the right-hand ones of the rank whose message is here."""
 
-    embeds: dict[str, Tensor]  # (B, D), zeros in rows that are not valid
-    gradients: dict[str, Tensor]  # (B, D), the sum so far; empty where no rank wants any
-    valid: dict[str, Tensor]  # (B,) bool, where there are flags
+    embeds: dict[str, Tensor]  # (B, D), 0 in invalid rows
+    gradients: dict[str, Tensor]  # (B, D), the sum so far; {} if no rank needs them
+    valid: dict[str, Tensor]  # (B,) bool, of the embeddings that have flags
     keys: dict[str | None, Tensor]  # (B,) int64
 
 
 class _RingLoss(torch.autograd.Function):
-    """The total and the (pairings,) losses of embeddings, scales and biases; see `contrastive_loss`."""
+    """(embeddings, scales, biases) -> total, (pairings,) losses. The gradients are computed in the forward pass."""
 
     @staticmethod
     def forward(ctx, plan: _Plan, *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -312,19 +312,17 @@ class _RingLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[1:], strict=True)
-        return None, *((gradient * upstream).to(dtype) if want else None for gradient, dtype, want in wanted)
+        inputs = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[1:], strict=True)
+        return None, *((gradient * upstream).to(dtype) if needed else None for gradient, dtype, needed in inputs)
 
 
 def _ring(plan: _Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The total, the loss of every pairing, and the gradient of every tensor (none where no rank wants any)."""
+    """The total, the (pairings,) losses, and the gradient of every tensor (or [] if no rank needs them)."""
     n, device = len(plan.names), tensors[0].device
     own = _own_rows(plan, dict(zip(plan.names, tensors[:n], strict=True)))
     learned = [value.to(plan.dtype).reshape(1) for value in tensors[n:]]
-    scales, biases = (
-        dict(zip(plan.learned, half, strict=True))
-        for half in (learned[: len(learned) // 2], learned[len(learned) // 2 :])
-    )
+    half = len(plan.learned)
+    scales, biases = (dict(zip(plan.learned, values, strict=True)) for values in (learned[:half], learned[half:]))
 
     positives = torch.stack([_positives(pairing, own, plan.rows[plan.rank], device) for pairing in plan.pairings])
     if plan.world > 1:
@@ -340,7 +338,7 @@ def _ring(plan: _Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[
             own.embeds, {name: torch.zeros_like(own.embeds[name]) for name in plan.right}, own.valid, own.keys
         )
     blocks = _Blocks(plan, device)
-    sums = share.new_zeros(3, len(plan.pairings))  # loss; gradient of scale; gradient of bias: without weight and 1/N
+    sums = share.new_zeros(3, len(plan.pairings))  # loss, gradient of scale, gradient of bias; before weight and 1/N
     for hop in range(plan.world if max(plan.rows) else 0):
         for k, pairing in enumerate(plan.pairings):
             scale, bias = scales[pairing.logits], biases[pairing.logits]
@@ -356,9 +354,9 @@ def _ring(plan: _Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[
     gradients = []
     for name in plan.names:
         gradient, *other = (rows.gradients[name] for rows in (own, right) if name in rows.gradients)
-        for part in other:
-            gradient += part
-        # times the ranks, because they are averaged; not in place, so that no view keeps the whole message in memory
+        for more in other:
+            gradient += more
+        # times the world size, as the head says; not in place, so that no view keeps the whole message in memory
         gradients.append(gradient * plan.world if plan.world > 1 else gradient)
     for row in (sums[1:] * weights).to(plan.dtype):
         for name in plan.learned:
@@ -370,7 +368,7 @@ def _ring(plan: _Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[
 def _own_rows(plan: _Plan, embeds: dict[str, Tensor]) -> _Rows:
     valid = {name: plan.valid[name] for name in plan.names if name in plan.valid}
     rows = {name: value.to(plan.dtype) for name, value in embeds.items()}
-    for name, flags in valid.items():  # what stands in the others may be anything, NaN too
+    for name, flags in valid.items():  # invalid rows may hold anything, NaN included
         rows[name] = rows[name].masked_fill(~flags[:, None], 0)
     left = dict.fromkeys(pairing.embeddings[0] for pairing in plan.pairings)
     gradients = {name: torch.zeros_like(rows[name]) for name in left} if plan.gradient else {}
@@ -378,7 +376,7 @@ def _own_rows(plan: _Plan, embeds: dict[str, Tensor]) -> _Rows:
 
 
 def _positives(pairing: Pairing, own: _Rows, rows: int, device: torch.device) -> Tensor:
-    """How many of this rank's rows have both sides: float64 scalar."""
+    """How many of this rank's rows are valid on both sides: float64 scalar."""
     both = torch.ones(rows, dtype=torch.bool, device=device)
     for name in pairing.embeddings:
         both = both & own.valid[name] if name in own.valid else both
@@ -386,7 +384,7 @@ def _positives(pairing: Pairing, own: _Rows, rows: int, device: torch.device) ->
 
 
 class _Blocks:
-    """Loss and gradients of a pairing between this rank's left rows and the right rows that are here."""
+    """Loss and gradients between this rank's left-hand rows and the right-hand rows whose message is here."""
 
     def __init__(self, plan: _Plan, device: torch.device):
         self.plan = plan
@@ -406,10 +404,11 @@ class _Blocks:
         right: _Rows,
         home: bool,
     ) -> None:
-        """Add to `sums` (3,) and to the gradients in `own` and `right`.
+        """Add one pairing to `sums` (3,) and to the gradients in `own` and `right`.
 
-        −log σ(−l) = softplus(l), with derivative σ(l). On the diagonal, which there is where the right rows are at
-        home, the sign of l is turned before and that of the derivative after. What is left out has l = −inf: 0 in both.
+        A negative pair has the loss −log σ(−l) = softplus(l), with the derivative σ(l). On the diagonal, which exists
+        if `right` is this rank's own (`home`), l is negated before and the derivative after. Pairs that are left out
+        get l = −inf, which makes both 0.
         """
         left_name, right_name = pairing.embeddings
         x_rows, y_rows, block = own.embeds[left_name], right.embeds[right_name], self.plan.block
@@ -417,7 +416,7 @@ class _Blocks:
             x = x_rows[i : i + block]
             scaled = x * scale  # (I, D)
             weighted = scaled * weight
-            x_gradient = torch.zeros_like(scaled)  # of the sum over pairs by scale · x
+            x_gradient = torch.zeros_like(scaled)  # of the summed losses with respect to scale · x
             for j in range(0, len(y_rows), block):
                 y = y_rows[j : j + block]
                 logits = self.logits[: len(x) * len(y)].view(len(x), len(y))
@@ -443,7 +442,7 @@ class _Blocks:
                 own.gradients[left_name][i : i + block].addcmul_(x_gradient, scale * weight)
 
     def _left_out(self, pairing: Pairing, own: _Rows, right: _Rows, i: slice, j: slice, home: bool) -> Iterator[Tensor]:
-        """Masks that (I, J) broadcasts with, True for pairs that do not count."""
+        """Masks that broadcast to (I, J), True for pairs that do not count."""
         left_name, right_name = pairing.embeddings
         if left_name in own.valid:
             yield ~own.valid[left_name][i, None]
@@ -457,17 +456,17 @@ class _Blocks:
 
 
 class _Messages:
-    """Right-hand rows in one contiguous tensor, which goes to the next rank while that of the previous one comes in.
+    """Right-hand rows in one contiguous tensor, sent to the next rank while that of the previous rank is received.
 
-    Keys and flags come first, then the embeddings, then their gradients: those alone make the last way home. All
-    messages are as long as that of the rank with the most rows, so that a rank without any is a station too.
+    Keys and flags come first, then embeddings, then gradients; the last hop, which is home, sends gradients only. All
+    messages have the size that the rank with the most rows needs, so a rank without rows can pass them on too.
     """
 
     def __init__(self, plan: _Plan, own: _Rows, device: torch.device):
         self.plan, self.most = plan, max(plan.rows)
         self.width = {name: own.embeds[name].shape[1] for name in plan.right}
         self.flagged = [name for name in plan.right if name in own.valid]
-        self.words = 8 // plan.dtype.itemsize  # that hold the bits of one int64
+        self.words = 8 // plan.dtype.itemsize  # elements that hold the bits of one int64
         embeds = sum(self.width.values())
         self.head = self.most * (self.words * len(plan.kinds) + len(self.flagged) + embeds)
         self.buffer = torch.zeros(self.head + self.most * embeds * plan.gradient, dtype=plan.dtype, device=device)
@@ -476,27 +475,27 @@ class _Messages:
         self.next, self.previous = (dist.get_global_rank(world, (plan.rank + step) % plan.world) for step in (1, -1))
 
     def pack(self, own: _Rows) -> _Rows:
-        """This rank's right-hand rows, put into the message that starts here."""
+        """Put this rank's right-hand rows into its message and return views of them."""
         rows, flags = self._views(self.plan.rank)
-        for there, here in ((rows.embeds, own.embeds), (rows.keys, own.keys), (flags, own.valid)):
-            for name, values in there.items():
-                values.copy_(here[name])
+        for packed, values in ((rows.embeds, own.embeds), (rows.keys, own.keys), (flags, own.valid)):
+            for name, view in packed.items():
+                view.copy_(values[name])
         return self._views(self.plan.rank)[0]
 
     def pass_on(self, hop: int) -> _Rows:
-        """Send what is here to the next rank and return what the previous one had; after the last hop, one's own."""
+        """Send the message here to the next rank; return the rows that the previous rank sent (at last, one's own)."""
         last = hop == self.plan.world - 1
-        part = slice(self.head, None) if last else slice(None)
+        sent = slice(self.head, None) if last else slice(None)
         if self.plan.gradient or not last:
-            out = dist.P2POp(dist.isend, self.buffer[part], self.next, self.plan.group)
-            back = dist.P2POp(dist.irecv, self.spare[part], self.previous, self.plan.group)
-            for request in dist.batch_isend_irecv([out, back]):
+            send = dist.P2POp(dist.isend, self.buffer[sent], self.next, self.plan.group)
+            receive = dist.P2POp(dist.irecv, self.spare[sent], self.previous, self.plan.group)
+            for request in dist.batch_isend_irecv([send, receive]):
                 request.wait()
             self.buffer, self.spare = self.spare, self.buffer
         return self._views((self.plan.rank - hop - 1) % self.plan.world)[0]
 
     def _views(self, rank: int) -> tuple[_Rows, dict[str, Tensor]]:
-        """What the message holds when it is that of `rank`, and its flags as they travel, as numbers."""
+        """Views of the message here, which is that of `rank`, and of its flags as the numbers that they travel as."""
         start, rows = 0, self.plan.rows[rank]
 
         def take(width: int) -> Tensor:

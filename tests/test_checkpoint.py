@@ -109,21 +109,21 @@ def refused(folder: Path, error: type[Exception], message: str) -> None:
 
 
 def test_a_folder_without_weights_is_refused(folder: Path, tmp_path: Path):
-    refused(tmp_path / "nowhere", CheckpointError, "nowhere: no config.yaml there")
+    refused(tmp_path / "nowhere", CheckpointError, "nowhere: has no config.yaml")
     (folder / WEIGHTS).unlink()
-    refused(folder, CheckpointError, "no model.safetensors there, so this is no native checkpoint folder")
+    refused(folder, CheckpointError, "has no model.safetensors, so it is not a checkpoint folder in our own format")
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, 20_000, -1])
 def test_truncated_weights_are_refused(folder: Path, keep: int):
     whole = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(whole[:keep])
-    refused(folder, CheckpointError, r"model.safetensors: not a whole safetensors file")
+    refused(folder, CheckpointError, r"model.safetensors: not a complete safetensors file")
 
 
 def test_a_pickle_is_never_read(folder: Path, model: PEAudioVideo):
     torch.save(model.state_dict(), folder / WEIGHTS)
-    refused(folder, CheckpointError, r"model.safetensors: not a whole safetensors file")
+    refused(folder, CheckpointError, r"model.safetensors: not a complete safetensors file")
 
 
 def change_config(folder: Path, change: Callable[[dict], None]) -> None:

@@ -82,10 +82,10 @@ def test_tiles_equal_the_whole(frames: int, masked: bool):
     mask = torch.arange(frames) < torch.tensor([[frames], [max(1, frames // 2)]]) if masked else None
     whole = codec(waveform, mask)
     valid = slice(None) if mask is None else mask
-    for codec.tile_frames in tile_sizes(frames):
+    for codec.tile_positions in tile_sizes(frames):
         tiled = codec(waveform, mask)
         assert tiled.shape == whole.shape
-        assert relative_error(tiled[valid], whole[valid]) <= 1e-12, codec.tile_frames
+        assert relative_error(tiled[valid], whole[valid]) <= 1e-12, codec.tile_positions
 
 
 def reach(codec: CodecEncoder, frames: int) -> int:
@@ -104,7 +104,7 @@ def test_halo_is_what_a_frame_can_see(ratios: list[int]):
     codec = CodecEncoder(2, ratios, 3, trainable=True).double()
     needed = reach(codec, frames=81)
     assert 1 <= needed < 40  # the clip's own ends are further away
-    assert needed <= codec.halo_frames <= needed + 2
+    assert needed <= codec.halo_positions <= needed + 2
 
 
 def test_a_halo_too_small_is_heard(monkeypatch: pytest.MonkeyPatch):
@@ -113,15 +113,15 @@ def test_a_halo_too_small_is_heard(monkeypatch: pytest.MonkeyPatch):
     needed = reach(CodecEncoder(2, RATIOS, 3, trainable=True).double(), frames=41)
     waveform = noise(1, 13)
     whole = codec(waveform)
-    codec.tile_frames = 3
+    codec.tile_positions = 3
     for halo, is_heard in ((needed, False), (needed - 1, True)):
-        monkeypatch.setattr(CodecEncoder, "halo_frames", halo)
+        monkeypatch.setattr(CodecEncoder, "halo_positions", halo)
         assert (relative_error(codec(waveform), whole) > 1e-9) == is_heard
 
 
 def test_tile_seconds():
     for seconds, frames in ((None, None), (1.0, 25), (0.5, 12), (0.001, 1)):
-        assert build_codec(CodecConfig(encoder_hidden_size=2, tile_seconds=seconds)).tile_frames == frames
+        assert build_codec(CodecConfig(encoder_hidden_size=2, tile_seconds=seconds)).tile_positions == frames
 
 
 def test_frozen_codec_takes_no_gradient_and_a_trainable_one_does():

@@ -46,12 +46,12 @@ from transformers import (
 )
 
 import pe_av.checkpoint
-import pe_av.conversion.folders
+import pe_av.conversion.write_checkpoint
 from pe_av import PEAudioFrame, PEAudioVideo, Processor, build_model, load_model, save_model
 from pe_av.checkpoint import CheckpointError
 from pe_av.config import HEADS, ConfigError, ConvertConfig, PEAudioFrameConfig
 from pe_av.config.compose import check_overrides, from_dict
-from pe_av.conversion.folders import convert
+from pe_av.conversion.write_checkpoint import convert
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -488,7 +488,7 @@ def test_processors_of_single_towers(published: Callable[..., Path], tmp_path: P
     ("change", "message"),
     [
         ({"output_dim": 30}, "output_dim=30 is not text.hidden_size=48"),
-        ({"heads": ["audio", "video"]}, "no class of it has just the heads audio, video"),
+        ({"heads": ["audio", "video"]}, "none of its classes has exactly the heads audio, video"),
     ],
 )
 def test_a_model_that_transformers_cannot_hold_is_refused(tmp_path: Path, change: dict, message: str):
@@ -570,7 +570,7 @@ def refused(
 @pytest.mark.parametrize("keep", [0, 7, 200, 30_000, -1])
 def test_truncated_weights(source: Path, tmp_path: Path, keep: int):
     (source / WEIGHTS).write_bytes((source / WEIGHTS).read_bytes()[:keep])
-    refused(source, tmp_path / "t", CheckpointError, "model.safetensors: not a whole safetensors file")
+    refused(source, tmp_path / "t", CheckpointError, "model.safetensors: not a complete safetensors file")
 
 
 class Trap:
@@ -587,7 +587,7 @@ class Trap:
 def test_a_pickle_is_never_read(source: Path, tmp_path: Path, name: str):
     (source / WEIGHTS).unlink()
     torch.save({"weight": Trap(tmp_path / "ran")}, source / name)
-    message = "not a whole safetensors file" if name == WEIGHTS else f"{name} is a pickle, which can run code"
+    message = "not a complete safetensors file" if name == WEIGHTS else f"{name} is a pickle, which can run code"
     refused(source, tmp_path / "t", CheckpointError, message)
     assert not (tmp_path / "ran").exists()
 
@@ -617,7 +617,7 @@ def test_a_disk_that_fills_up_on_the_way(
         path.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(pe_av.conversion.folders, "save_file", half_written)
+    monkeypatch.setattr(pe_av.conversion.write_checkpoint, "save_file", half_written)
     refused(source, tmp_path / "t", CheckpointError, "No space left on device.*nothing was left behind")
 
 
@@ -625,7 +625,7 @@ def test_an_interrupted_conversion_leaves_nothing(source: Path, tmp_path: Path, 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pe_av.conversion.folders, "save_file", interrupted)
+    monkeypatch.setattr(pe_av.conversion.write_checkpoint, "save_file", interrupted)
     refused(source, tmp_path / "t", KeyboardInterrupt, None)
 
 
@@ -702,7 +702,7 @@ def test_an_index_that_is_none(source: Path, tmp_path: Path, text: str):
 
 def test_no_config(source: Path, tmp_path: Path):
     (source / "config.json").unlink()
-    refused(source, tmp_path / "t", ConfigError, "config.json: no such file, so this is no published checkpoint")
+    refused(source, tmp_path / "t", ConfigError, "config.json: no such file, so this is not a published checkpoint")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", "\x00\x01"])
@@ -729,11 +729,14 @@ def at(path: tuple[str, ...], **changes: object) -> Callable[[dict], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (at((), model_type="llama"), "model_type=llama is no PE-AV: known are pe_audio_video, pe_audio and pe_video"),
-        (at((), model_type=None), "model_type=None is no PE-AV"),
+        (
+            at((), model_type="llama"),
+            "model_type=llama is not a PE-AV model: known are pe_audio_video, pe_audio and",
+        ),
+        (at((), model_type=None), "model_type=None is not a PE-AV model"),
         (at((*VISION,), architecture="resnet50"), "the frame encoder resnet50 is unknown; known are PE-Core-"),
-        (at((*VISION, "model_args"), num_reg_tokens=4), "model_args.num_reg_tokens=4 of the frame encoder is not what"),
-        (at((*VISION, "model_args"), attn_type="eva"), "model_args.attn_type=eva of the frame encoder is not what"),
+        (at((*VISION, "model_args"), num_reg_tokens=4), "model_args.num_reg_tokens=4 of the frame encoder is not supp"),
+        (at((*VISION, "model_args"), attn_type="eva"), "model_args.attn_type=eva of the frame encoder is not supp"),
         (at((*VISION, "model_args"), ref_feat_shape=[9, 9]), r"model_args.ref_feat_shape=\[9, 9\] of the frame"),
         (at((*VISION, "model_args"), depth="two"), "depth|num_hidden_layers"),
         (at(("text_config",), norm_bias=True), "the text model has norm_bias"),
@@ -741,7 +744,7 @@ def at(path: tuple[str, ...], **changes: object) -> Callable[[dict], None]:
         (at(("text_config",), hidden_size="wide"), "hidden_size"),
         (at(("text_config",), hidden_size=None), "hidden_size|output_dim"),
         (at(("text_config",), num_hidden_layers=[3]), "num_hidden_layers"),
-        (at(("text_config",), layer_types=["sliding_attention", "full_attention"] * 2), "no regular pattern"),
+        (at(("text_config",), layer_types=["sliding_attention", "full_attention"] * 2), "not a regular pattern"),
         (
             at(("text_config", "rope_parameters", "full_attention"), rope_type="linear", factor=2.0),
             "rope_type=linear of the text model",
@@ -878,7 +881,7 @@ def test_a_config_that_could_be_of_two_classes(published: Callable[..., Path], t
 
 def test_weights_of_something_else(source: Path, tmp_path: Path):
     save_file({"model.embed.weight": torch.ones(2), "lm_head.weight": torch.ones(2)}, source / WEIGHTS)
-    message = "the weights are no PE-AV's that is known; they begin with lm_head.weight, model.embed.weight"
+    message = "the weights are not those of a known PE-AV format; they begin with lm_head.weight, model.embed.weight"
     refused(source, tmp_path / "t", CheckpointError, message)
 
 
@@ -1104,5 +1107,5 @@ def test_a_converted_tower_reads_as_one(published: Callable[..., Path], tmp_path
 
 
 def test_the_note_beside_a_published_folder(published: Callable[..., Path]):
-    with pytest.raises(CheckpointError, match="config.json is a published format's: python convert.py"):
+    with pytest.raises(CheckpointError, match="config.json of a published format: convert it with python convert.py"):
         load_model(published())

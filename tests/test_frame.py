@@ -243,11 +243,11 @@ def test_training_does_not_wait_for_spans(model: PEAudioFrame):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"threshold": 1.5}, "threshold=1.5 is no probability"),
-        ({"threshold": float("nan")}, "threshold=nan is no probability"),
-        ({"input_values": None}, "give the audio once"),
-        ({"codec_features": torch.zeros(3, 12, 12)}, "give the audio once"),
-        ({"input_ids": torch.zeros(2, 4, dtype=torch.long), "attention_mask": None}, "2 texts for 3 sounds"),
+        ({"threshold": 1.5}, "threshold=1.5 is not a probability"),
+        ({"threshold": float("nan")}, "threshold=nan is not a probability"),
+        ({"input_values": None}, "pass the audio once"),
+        ({"codec_features": torch.zeros(3, 12, 12)}, "pass the audio once"),
+        ({"input_ids": torch.zeros(2, 4, dtype=torch.long), "attention_mask": None}, "2 texts for 3 audio clips"),
         ({"input_ids": torch.full((3, 24), 300)}, "not in the vocabulary of 300"),
         ({"input_ids": torch.zeros(3, 24)}, "torch.float32"),
         ({"input_values": torch.zeros(3, 1, 1000), "padding_mask": None}, "not whole hops of 1920"),
@@ -272,7 +272,7 @@ def test_save_and_load(model: PEAudioFrame, tmp_path: Path, dtype: torch.dtype |
     for name, parameter in model.named_parameters():
         assert torch.equal(loaded.get_parameter(name), parameter.to(dtype)), name
         assert loaded.get_parameter(name).requires_grad == parameter.requires_grad
-    with pytest.raises(ConfigError, match="PEAudioFrame needs both of its towers"):
+    with pytest.raises(ConfigError, match="PEAudioFrame always needs both of its towers"):
         load_model(tmp_path, towers=("audio",))
 
 

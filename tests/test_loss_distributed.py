@@ -434,7 +434,7 @@ def test_what_needs_no_gradient_gets_none():
         ({"audio": torch.zeros(3, 9)}, "(3, 9) audio and (3, 8) text_audio embeddings do not pair up"),
         ({"audio": torch.zeros(3)}, "audio embeddings are torch.float32 (3,), not floats (B, D)"),
         ({"audio": torch.zeros(3, 8).long()}, "audio embeddings are torch.int64 (3, 8), not floats (B, D)"),
-        ({"valid": {"audo": torch.ones(3).bool()}}, "valid names audo, of which there are no embeddings"),
+        ({"valid": {"audo": torch.ones(3).bool()}}, "valid names audo, but there are no such embeddings, only"),
         ({"valid": {"audio": torch.ones(3)}}, "valid of audio is torch.float32 (3,), not bool (3,)"),
         ({"caption_keys": {None: torch.ones(3)}}, "caption_keys of None are torch.float32 (3,), not int64 (3,)"),
         (

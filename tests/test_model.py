@@ -419,7 +419,7 @@ def test_a_batch_that_is_padded_further_gives_the_same(model: PEAudioVideo, batc
 def test_tiles_change_nothing(model: PEAudioVideo, batch: dict[str, Tensor]):
     """Config to embedding; the codec's own test has every size."""
     tiled = copy.deepcopy(model).double()
-    tiled.audio.codec.tile_frames = 5
+    tiled.audio.codec.tile_positions = 5
     batch = in_double(batch)
     with torch.inference_mode():
         expected, found = copy.deepcopy(model).double()(**batch).embeds(), tiled(**batch).embeds()

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PeAudioVideoModel
 
 from pe_av import build_model, load_model, save_model
-from pe_av.conversion.folders import convert
+from pe_av.conversion.write_checkpoint import convert
 
 pytestmark = pytest.mark.slow
 

@@ -93,7 +93,7 @@ def test_modernbert(tmp_path: Path, cls: type[nn.Module], as_file: bool):
         assert relative_error(found[row, :length], states[4][row, :length]) <= 2e-6
     weights = len(model.text.state_dict())
     assert lines[0].startswith(f"init.text: took {weights} of {weights} tensors from {tmp_path}")
-    left = "" if cls is ModernBertModel else "; left in the file: "
+    left = "" if cls is ModernBertModel else "; not used: "
     assert lines[0].split(str(tmp_path / WEIGHTS) if as_file else str(tmp_path))[1].startswith(left)
     assert ("head" in lines[0]) == ("decoder" in lines[0]) == (cls is ModernBertForMaskedLM)
 
@@ -113,8 +113,11 @@ def test_layers_that_do_not_fit_are_named(tmp_path: Path):
     theirs = bert(ModernBertModel, vocab_size=310, num_hidden_layers=4, nth_text_layer=4)
     theirs.save_pretrained(tmp_path)
     model, (line,) = start(small_config(), text=tmp_path)
-    assert "of another shape and so random: embedding.weight (embeddings.tok_embeddings.weight is (310, 48)," in line
-    assert "not there and so random: layers.4.attention_norm.weight" in line and "and 2 more" in line
+    assert (
+        "still random, because the shape differs: embedding.weight (embeddings.tok_embeddings.weight is (310, 48),"
+        in line
+    )
+    assert "still random, because not in the file: layers.4.attention_norm.weight" in line and "and 2 more" in line
     assert torch.equal(model.text.layers[3].qkv.weight, theirs.layers[3].attn.Wqkv.weight)
 
 
@@ -176,14 +179,14 @@ def test_timms_bias_is_left_unless_there_is_a_place_for_it(tmp_path: Path):
     theirs = randomize(core(True)).eval()
     save_file(theirs.state_dict(), tmp_path / WEIGHTS)
     _, (line,) = start(vision_config(), vision=tmp_path)
-    assert line.endswith("left in the file: 1 of head")
+    assert line.endswith("not used: 1 of head")
     config = vision_config()
     config.video.vision.proj_bias = True
     model, (line,) = start(config, vision=tmp_path)
     pixels = torch.randn(3, 3, 32, 32)
     with torch.inference_mode():
         assert relative_error(model.video.vision(pixels), theirs(pixels)) <= 2e-6
-    assert "left in the file" not in line
+    assert "not used" not in line
 
 
 def original_core() -> dict[str, Tensor]:
@@ -208,13 +211,13 @@ def test_pe_core_of_the_original(tmp_path: Path, nested: bool):
         assert relative_error(found, EXPECTED[f"{row}.pe_features"]) <= 1e-6
     count = len(model.video.vision.state_dict())
     assert line.startswith(f"init.vision: took {count} of {count} tensors")
-    assert line.endswith("left in the file: 2 of transformer, 1 of positional_embedding, 1 of logit_scale")
+    assert line.endswith("not used: 2 of transformer, 1 of positional_embedding, 1 of logit_scale")
 
 
 def test_positions_of_another_picture_size_stay_random(tmp_path: Path):
     save_file(core(True, image_size=48).state_dict(), tmp_path / WEIGHTS)
     _, (line,) = start(vision_config(), vision=tmp_path)
-    assert "of another shape and so random: position (pos_embed is (1, 37, 32), not (1, 17, 32))" in line
+    assert "still random, because the shape differs: position (pos_embed is (1, 37, 32), not (1, 17, 32))" in line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,7 +270,7 @@ def test_dac(tmp_path: Path, spelling: str):
     assert relative_error(found, expected) <= 1e-12
     count = len(codec.state_dict())
     assert line.startswith(f"init.codec: took {count - 2} of {count} tensors")
-    assert "not there and so random: to_mean.weight, to_mean.bias" in line
+    assert "still random, because not in the file: to_mean.weight, to_mean.bias" in line
     assert "of decoder" in line and "of quantizer" in line
 
 
@@ -311,7 +314,7 @@ class Trap:
 @pytest.mark.parametrize("key", ["text", "vision", "codec"])
 def test_a_pickle_with_code_is_not_run(tmp_path: Path, key: str):
     torch.save({"state_dict": {"weight": Trap(tmp_path / "ran")}}, tmp_path / "model.pt")
-    refused("model.pt: neither safetensors nor a pickle of nothing but weights", **{key: tmp_path / "model.pt"})
+    refused("model.pt: neither safetensors nor a pickle of weights only", **{key: tmp_path / "model.pt"})
     assert not (tmp_path / "ran").exists()
 
 
@@ -320,8 +323,8 @@ def test_a_pickle_with_code_is_not_run(tmp_path: Path, key: str):
     [
         ("model.pt", b"", "neither safetensors nor a pickle"),
         ("model.pt", b"not a pickle at all", "neither safetensors nor a pickle"),
-        ("model.safetensors", b"not safetensors", "not a whole safetensors file"),
-        ("model.safetensors", b"", "not a whole safetensors file"),
+        ("model.safetensors", b"not safetensors", "not a complete safetensors file"),
+        ("model.safetensors", b"", "not a complete safetensors file"),
     ],
 )
 def test_a_damaged_file(tmp_path: Path, name: str, content: bytes, message: str):
@@ -332,7 +335,7 @@ def test_a_damaged_file(tmp_path: Path, name: str, content: bytes, message: str)
 @pytest.mark.parametrize("content", [[1, 2], {"a": 3}, {}, {"state_dict": 5}, torch.ones(2)])
 def test_a_pickle_without_weights(tmp_path: Path, content: object):
     torch.save(content, tmp_path / "model.pt")
-    refused("model.pt: holds no weights by name", vision=tmp_path / "model.pt")
+    refused("model.pt: contains no weights by name", vision=tmp_path / "model.pt")
 
 
 def test_a_truncated_pickle(tmp_path: Path):

@@ -1,10 +1,11 @@
-"""Single towers of a new model from weights that were trained elsewhere, for training PE-AV from scratch.
+"""Warm start: initialize single towers of a new model with weights that were trained elsewhere.
 
-    text     ModernBERT, a transformers folder or safetensors file
-    vision   PE-Core, timm's safetensors or the original's .pt
-    codec    DAC, a transformers folder or safetensors file; weight normalization is folded
+    init.text     ModernBERT: a transformers folder or safetensors file
+    init.vision   PE-Core: timm's safetensors or the original's .pt
+    init.codec    DAC: a transformers folder or safetensors file; weight normalization is folded
 
-What fits by name and shape is taken; the report says what that was, what stayed random, and what was of no use.
+Weights that fit by name and shape are taken. The report says which were taken, which of ours stayed random, and which
+of theirs were not used.
 """
 
 import re
@@ -17,40 +18,52 @@ from torch import Tensor, nn
 
 from pe_av.checkpoint import WEIGHTS_FILE, CheckpointError, open_weights
 from pe_av.config import InitConfig
-from pe_av.conversion.names import CODEC, MODERNBERT, PE_CORE, TIMM, Rules, Stored, renamed, same, stored_by_pe_core
+from pe_av.conversion.weight_names import (
+    CODEC,
+    MODERNBERT,
+    PE_CORE,
+    TIMM,
+    Rows,
+    StoredWeight,
+    rename,
+    stored_by_pe_core,
+)
 from pe_av.model.pe_audio_video import PEAudioVideo
 
-OUTSIDE = "../"  # begins the names of what a larger model has beside the part
+OUTSIDE = "../"  # put before the names of weights that a larger model has beside the part we want
 
 
 def warm_start(model: PEAudioVideo, config: InitConfig) -> list[str]:
-    """Fill towers of `model` as `config` says.
+    """Fill the parts of `model` that `config` names files for.
 
     Returns:
-        one line for each, to be shown.
+        one line of report for each part.
     Raises:
-        CheckpointError: a file that cannot be read, or of which nothing fits; a tower that the model does not have.
+        CheckpointError: a file that cannot be read or in which nothing fits, or a tower that the model does not have.
     """
     lines = []
-    for key, tower in (("text", model.text), ("vision", model.video), ("codec", model.audio)):
-        if tower is None and getattr(config, key) is not None:
-            needed = {"vision": "video", "codec": "audio"}.get(key, key)
-            raise CheckpointError(f"init.{key}: the model has no {needed} tower: leave it out, or add a head of it")
-    if config.text is not None:
-        weights = _stripped(_read(Path(config.text)), "model.")
-        lines.append(_take("text", model.text, config.text, weights, MODERNBERT))
-    if config.vision is not None:
-        weights = _stripped(_read(Path(config.vision)), "visual.")
-        rules = TIMM if any(name.startswith("blocks.") for name in weights) else PE_CORE
-        lines.append(_take("vision", model.video.vision, config.vision, weights, rules))
-    if config.codec is not None:
-        weights = fold_weight_norm(_stripped(_read(Path(config.codec)), "encoder."))
-        lines.append(_take("codec", model.audio.codec, config.codec, weights, CODEC))
+    prefixes = {("text", "text"): "model.", ("vision", "video"): "visual.", ("codec", "audio"): "encoder."}
+    for (key, tower_name), prefix in prefixes.items():
+        path, tower = getattr(config, key), getattr(model, tower_name)
+        if path is None:
+            continue
+        if tower is None:
+            raise CheckpointError(
+                f"init.{key}: the model has no {tower_name} tower: leave the setting out, or add a head that needs it"
+            )
+        weights = _strip(_read(Path(path)), prefix)
+        if key == "text":
+            part, rows = tower, MODERNBERT
+        elif key == "vision":
+            part, rows = tower.vision, TIMM if any(name.startswith("blocks.") for name in weights) else PE_CORE
+        else:
+            part, rows, weights = tower.codec, CODEC, fold_weight_norm(weights)
+        lines.append(_take(key, part, path, weights, rows))
     return lines
 
 
 def fold_weight_norm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every g · v / ‖v‖ in its two spellings as the plain weight that it stands for; the rest unchanged."""
+    """Replace weight normalization, in either of torch's two spellings, by the plain weight g · v / ‖v‖."""
     folded = dict(weights)
     for name in weights:
         match = re.fullmatch(r"(.+)\.(weight_g|parametrizations\.weight\.original0)", name)
@@ -58,19 +71,19 @@ def fold_weight_norm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         other = "weight_v" if match[2] == "weight_g" else "parametrizations.weight.original1"
         if f"{match[1]}.{other}" not in weights:
-            raise CheckpointError(f"{name} has no {other} beside it, so the weight cannot be folded")
+            raise CheckpointError(f"{name} has no {other} beside it, so its weight normalization cannot be folded")
         gain, direction = folded.pop(name), folded.pop(f"{match[1]}.{other}")
         norm = direction.flatten(1).norm(dim=1).reshape(gain.shape)  # per output channel
         folded[f"{match[1]}.weight"] = direction * (gain / norm)
     return folded
 
 
-def _take(key: str, part: nn.Module, path: str, weights: dict[str, Tensor], rules: Rules) -> str:
-    taken, misshapen, absent = {}, [], []
-    used = set()
+def _take(key: str, part: nn.Module, path: str, weights: dict[str, Tensor], rows: Rows) -> str:
+    """Load into `part` the weights that fit; `rows` maps its names to theirs. Returns the line of report."""
+    taken, misshapen, absent, used = {}, [], [], set()
     for name, tensor in part.state_dict().items():
-        theirs, shape = renamed(name, [("", "", rules)]), tuple(tensor.shape)
-        entry = stored_by_pe_core(name, theirs, shape) if rules is PE_CORE else Stored(theirs, shape, same)
+        theirs, shape = rename(name, rows), tuple(tensor.shape)
+        entry = stored_by_pe_core(name, theirs, shape) if rows is PE_CORE else StoredWeight(theirs, shape)
         if theirs not in weights:
             absent.append(name)
         elif tuple(weights[theirs].shape) != entry.shape:
@@ -85,15 +98,15 @@ def _take(key: str, part: nn.Module, path: str, weights: dict[str, Tensor], rule
     broken = [name for name in used if not weights[name].isfinite().all()]
     if broken:
         raise CheckpointError(f"init.{key}={path}: NaN or Inf in {_some(sorted(broken))}")
-    part.load_state_dict(taken, strict=False)  # into the model's own dtype and device
+    part.load_state_dict(taken, strict=False)  # copied into the model's dtype and device
     unused = Counter(name.removeprefix(OUTSIDE).split(".")[0] for name in weights if name not in used)
     line = f"init.{key}: took {len(taken)} of {len(taken) + len(misshapen) + len(absent)} tensors from {path}"
     if misshapen:
-        line += f"; of another shape and so random: {_some(misshapen)}"
+        line += f"; still random, because the shape differs: {_some(misshapen)}"
     if absent:
-        line += f"; not there and so random: {_some(absent)}"
+        line += f"; still random, because not in the file: {_some(absent)}"
     if unused:
-        line += f"; left in the file: {', '.join(f'{count} of {name}' for name, count in unused.most_common())}"
+        line += f"; not used: {', '.join(f'{count} of {name}' for name, count in unused.most_common())}"
     return line
 
 
@@ -103,24 +116,24 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; give a folder with {WEIGHTS_FILE}, or the file itself")
     if path.suffix == ".safetensors":
-        with open_weights(path):  # which refuses a damaged one
+        with open_weights(path):  # raises if the file is damaged
             return load_file(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes raise whatever they come to when they are read as a pickle
+    except Exception as error:  # unpickling damaged bytes can raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: neither safetensors nor a pickle of nothing but weights ({reason})") from None
+        raise CheckpointError(f"{path}: neither safetensors nor a pickle of weights only ({reason})") from None
     weights = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     weights = weights if isinstance(weights, dict) else {}
     weights = {name: value for name, value in weights.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not weights:
-        raise CheckpointError(f"{path}: holds no weights by name")
+        raise CheckpointError(f"{path}: contains no weights by name")
     return weights
 
 
-def _stripped(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The weights without the prefix that the part has inside a larger model. What stands outside of the part is put
-    aside: a CLIP's text tower has the names that its `visual.` has within."""
+def _strip(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Remove the prefix that the part has inside a larger model, and mark all other weights with OUTSIDE, because a
+    CLIP's text tower uses the same names as its `visual.` part does."""
     if not any(name.startswith(prefix) for name in weights):
         return weights
     return {

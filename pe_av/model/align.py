@@ -1,4 +1,4 @@
-"""Video to the audio's clock: nearest-neighbour resampling of each row's valid frames to its valid audio length."""
+"""Bring the video sequence to the rate of the audio, row by row, by nearest-neighbour resampling."""
 
 import torch
 from einops import repeat
@@ -6,15 +6,15 @@ from torch import Tensor
 
 
 def nearest_index(source_length: Tensor, target_length: Tensor, target_size: int) -> Tensor:
-    """For every target position, the source position that `interpolate(mode="nearest")` reads.
+    """For every target position, the index that `interpolate(mode="nearest")` reads from the source.
 
     Args:
-        source_length: (B,) valid frames of each row, at least 1.
-        target_length: (B,) valid positions of each row, at most `target_size`.
+        source_length: (B,) valid length of each source row, at least 1.
+        target_length: (B,) valid length of each target row, at most `target_size`.
     Returns:
-        (B, target_size) indices into the source; positions past a row's target length repeat its last frame.
+        (B, target_size) indices into the source; beyond a target row's end they point to its last valid position.
     """
-    # float32 on purpose: the rule that we match rounds the scale to float32 before multiplying
+    # interpolate rounds the scale to float32 before it multiplies, so the same indices need float32 here too
     scale = source_length.float() / target_length.float()
     position = torch.arange(target_size, device=scale.device, dtype=torch.float32)
     index = (position * scale[:, None]).floor().long()
@@ -22,10 +22,11 @@ def nearest_index(source_length: Tensor, target_length: Tensor, target_size: int
 
 
 def align(video: Tensor, video_length: Tensor, audio_length: Tensor, audio_size: int) -> Tensor:
-    """(B, F, D) video at its own rate -> (B, audio_size, D) at the audio's rate.
+    """Resample (B, F, D), one vector per frame, to (B, audio_size, D), one per audio position.
 
     Args:
-        video_length: (B,) valid frames; audio_length: (B,) valid audio positions.
+        video_length: (B,) valid frames of each row.
+        audio_length: (B,) valid audio positions of each row.
     """
     index = nearest_index(video_length, audio_length, audio_size)
     return video.gather(1, repeat(index, "b t -> b t d", d=video.shape[-1]))

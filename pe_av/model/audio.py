@@ -1,4 +1,4 @@
-"""The audio tower: waveform -> codec latents at 25 per second -> transformer over time."""
+"""The audio tower: waveform -> codec features, 25 positions per second -> temporal transformer."""
 
 from torch import Tensor, nn
 
@@ -7,7 +7,7 @@ from pe_av.model.transformer import TemporalTransformer
 
 
 class AudioEncoder(nn.Module):
-    """Codec features (B, T, codebook_dim), `encode`d from a waveform -> pooled (B, D) and sequence (B, T, D)."""
+    """`encode`: waveform -> codec features; `forward`: codec features (B, T, codebook_dim) -> pooled and sequence."""
 
     def __init__(self, codec: CodecEncoder, transformer: TemporalTransformer, codebook_dim: int, hidden_size: int):
         super().__init__()
@@ -16,26 +16,27 @@ class AudioEncoder(nn.Module):
         self.transformer = transformer
 
     def encode(self, input_values: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The part that comes before anything learned, while the codec is frozen.
+        """Run the codec. While it is frozen, the result never changes and can be cached.
 
         Args:
-            input_values: (B, 1, samples), whole hops of 48 kHz mono.
+            input_values: (B, 1, samples) mono at the codec's sampling rate, whole hops.
             padding_mask: (B, samples) bool, True where valid, valid samples first.
         Returns:
-            codec features (B, frames, codebook_dim) and their mask (B, frames) or None.
+            codec features (B, T, codebook_dim) and their mask (B, T), or None without a `padding_mask`.
         """
         if padding_mask is None:
             return self.codec(input_values), None
-        frame_mask = padding_mask[:, :: self.codec.hop_length]
-        return self.codec(input_values * padding_mask[:, None], frame_mask), frame_mask
+        position_mask = padding_mask[:, :: self.codec.hop_length]
+        return self.codec(input_values * padding_mask[:, None], position_mask), position_mask
 
     def forward(
-        self, codec_features: Tensor, frame_mask: Tensor | None = None
+        self, codec_features: Tensor, position_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """
         Args:
-            codec_features: (B, frames, codebook_dim); frame_mask: (B, frames) bool, True where valid.
+            codec_features: (B, T, codebook_dim).
+            position_mask: (B, T) bool, True where valid, valid positions first; None: all valid.
         Returns:
-            pooled (B, D), sequence (B, frames, D), attention weights per layer.
+            pooled (B, D), sequence (B, T, D), attention weights per layer (None unless attention="eager").
         """
-        return self.transformer(self.data_proj(codec_features), frame_mask)
+        return self.transformer(self.data_proj(codec_features), position_mask)

@@ -1,4 +1,4 @@
-"""The parts of a model from their configs, with random weights of each part's own width."""
+"""Build the towers of a model from their configs, with random initial weights."""
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ def build_audio(config: AudioConfig, attention: str) -> AudioEncoder:
     tower = AudioEncoder(
         build_codec(config.codec), build_temporal(temporal, attention), config.codec.codebook_dim, temporal.hidden_size
     )
-    init_linear(tower.data_proj, temporal.initializer_range)  # the codec has a start of its own
+    init_linear(tower.data_proj, temporal.initializer_range)  # the codec initializes itself
     return tower
 
 
@@ -77,15 +77,15 @@ def build_vision(config: VisionConfig, attention: str) -> VisionTransformer:
 
 
 def build_codec(config: CodecConfig) -> CodecEncoder:
-    tile_frames = None
+    tile_positions = None
     if config.tile_seconds is not None:
-        tile_frames = max(1, round(config.tile_seconds * config.sampling_rate / config.hop_length))
+        tile_positions = max(1, round(config.tile_seconds * config.sampling_rate / config.hop_length))
     return CodecEncoder(
         encoder_hidden_size=config.encoder_hidden_size,
         downsampling_ratios=config.downsampling_ratios,
         codebook_dim=config.codebook_dim,
         trainable=config.trainable,
-        tile_frames=tile_frames,
+        tile_positions=tile_positions,
     )
 
 
@@ -110,7 +110,7 @@ def build_temporal(config: TransformerConfig, attention: str) -> TemporalTransfo
 
 @torch.no_grad()
 def init_linear(part: nn.Module, std: float) -> nn.Module:
-    """Normal weights, class tokens, probes and positions; zero biases; norms stay at one. Returns the part."""
+    """Normal weights, class tokens, probes and position embeddings; zero biases; norms stay 1. Returns `part`."""
     for module in part.modules():
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Embedding):
             nn.init.normal_(module.weight, std=std)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Snake(nn.Module):
-    """x + sin²(αx) / α, one α per channel (arXiv 2006.08195). It keeps zeros zero, which masking relies on."""
+    """x + sin²(αx) / α, one α per channel (arXiv 2006.08195). It maps 0 to 0, so masked values stay masked."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -19,6 +19,8 @@ class Snake(nn.Module):
 
 
 class ResidualUnit(nn.Module):
+    """x + (Snake, dilated convolution of 7, Snake, convolution of 1): (B, C, L) -> (B, C, L)."""
+
     def __init__(self, channels: int, dilation: int):
         super().__init__()
         self.snake1 = Snake(channels)
@@ -40,7 +42,7 @@ class Stage(nn.Module):
         self.down = nn.Conv1d(channels, 2 * channels, kernel_size=2 * stride, stride=stride, padding=-(-stride // 2))
 
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        """`valid` (B, 1, L) of 0 and 1: what every convolution must see as silence outside the clip is set to zero."""
+        """`valid` (B, 1, L) is 1 inside the clip and 0 in its padding, which is zeroed before every convolution."""
         for unit in self.units:
             x = unit(_masked(x, valid))
         return self.down(self.snake(_masked(x, valid)))
@@ -49,14 +51,15 @@ class Stage(nn.Module):
 class CodecEncoder(nn.Module):
     """(B, 1, samples) -> (B, samples / hop_length, codebook_dim).
 
-    A row's latents do not depend on what it is padded with or batched with: after every layer, what lies outside the
-    row's valid frames is set to zero, which is what the convolutions' own padding shows them at the end of a clip.
+    A row's latents do not depend on its padding or on the other rows: everything past the row's valid positions is
+    zeroed before every convolution, which is exactly what a convolution sees beyond the end of an unpadded clip.
 
     Args:
         encoder_hidden_size: channels after the first convolution.
         downsampling_ratios: stride of each stage; their product is the hop length.
         codebook_dim: width of the latent mean.
-        tile_frames: encode this many latent frames at a time, which bounds the memory; None: all at once.
+        trainable: False freezes the weights and computes no gradients.
+        tile_positions: positions to encode at a time, which bounds the memory; None: all at once.
     """
 
     def __init__(
@@ -65,10 +68,10 @@ class CodecEncoder(nn.Module):
         downsampling_ratios: list[int],
         codebook_dim: int,
         trainable: bool = False,
-        tile_frames: int | None = None,
+        tile_positions: int | None = None,
     ):
         super().__init__()
-        self.hop_length, self.trainable, self.tile_frames = math.prod(downsampling_ratios), trainable, tile_frames
+        self.hop_length, self.trainable, self.tile_positions = math.prod(downsampling_ratios), trainable, tile_positions
         self.conv_in = nn.Conv1d(1, encoder_hidden_size, kernel_size=7, padding=3)
         self.stages = nn.ModuleList(
             Stage(encoder_hidden_size * 2**i, stride) for i, stride in enumerate(downsampling_ratios)
@@ -82,9 +85,9 @@ class CodecEncoder(nn.Module):
 
     @torch.no_grad()
     def _initialize(self) -> None:
-        """Random weights as a scattering transform (arXiv 1203.1513): random filters, a non-linearity, and low-pass
-        windows where the rate falls. Plain random strides fold high frequencies onto low ones, and little of a sound
-        can be read from what remains; these keep its bands and envelopes."""
+        """Random weights that act like a scattering transform (arXiv 1203.1513): random filters, a non-linearity, and a
+        low-pass window in every strided convolution. Without the windows, striding aliases high frequencies onto low
+        ones and destroys most of the signal; with them, the bands and envelopes of a sound survive."""
         for module in self.modules():
             if isinstance(module, nn.Conv1d):
                 fan_in = module.weight[0].numel()
@@ -98,11 +101,13 @@ class CodecEncoder(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, waveform: Tensor) -> None:
-        """Scale random weights so that every convolution gives unit variance per channel on real sound, and centre
-        what the strided ones and the bottleneck give (layer-sequential unit variance, arXiv 1511.06422).
+        """Rescale random weights on real audio (layer-sequential unit variance, arXiv 1511.06422).
+
+        Afterwards the output of every convolution has unit variance per channel, and the outputs of the strided
+        convolutions and of the bottleneck have zero mean too.
 
         Args:
-            waveform: (B, 1, samples), whole hops; a dozen seconds are enough.
+            waveform: (B, 1, samples), whole hops; about twelve seconds in total are enough.
         """
 
         def rescale(conv: nn.Conv1d, _: tuple[Tensor], output: Tensor) -> Tensor:
@@ -111,7 +116,7 @@ class CodecEncoder(nn.Module):
                 mean = torch.zeros_like(mean)
             conv.weight /= spread[:, None, None]
             conv.bias.sub_(mean).div_(spread)
-            return (output - mean[:, None]) / spread[:, None]  # what the rescaled layer gives: the next one sees that
+            return (output - mean[:, None]) / spread[:, None]  # the rescaled layer's output, as the next layer sees it
 
         hooks = [m.register_forward_hook(rescale) for m in self.modules() if isinstance(m, nn.Conv1d)]
         self._encode(waveform, None)
@@ -119,43 +124,43 @@ class CodecEncoder(nn.Module):
             hook.remove()
 
     @property
-    def halo_frames(self) -> int:
-        """Latent frames on either side that one latent frame can see."""
-        reach, rate = 3, 1  # in samples, and samples per position at the present depth
+    def halo_positions(self) -> int:
+        """Positions on either side within the receptive field of one position."""
+        reach, rate = 3, 1  # in samples; `rate` is samples per step at the current depth
         for stage in self.stages:
             stride = stage.down.stride[0]
             reach += rate * (3 * (1 + 3 + 9) + 2 * stride)
             rate *= stride
         return -(-(reach + rate) // self.hop_length)
 
-    def forward(self, waveform: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+    def forward(self, waveform: Tensor, position_mask: Tensor | None = None) -> Tensor:
         """
         Args:
-            waveform: (B, 1, samples), samples a multiple of the hop length.
-            frame_mask: (B, frames) bool, True where valid; None: all valid.
+            waveform: (B, 1, samples), whole hops.
+            position_mask: (B, samples / hop_length) bool, True where valid; None: all valid.
         """
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
-            frames = waveform.shape[-1] // self.hop_length
-            if self.tile_frames is None or frames <= self.tile_frames:
-                return self._encode(waveform, frame_mask)
-            if frame_mask is None:
-                frame_mask = waveform.new_ones(waveform.shape[0], frames, dtype=torch.bool)
-            halo, tile = self.halo_frames, self.tile_frames
-            right = halo + (-frames) % tile
+            positions = waveform.shape[-1] // self.hop_length
+            if self.tile_positions is None or positions <= self.tile_positions:
+                return self._encode(waveform, position_mask)
+            if position_mask is None:
+                position_mask = waveform.new_ones(waveform.shape[0], positions, dtype=torch.bool)
+            halo, tile = self.halo_positions, self.tile_positions
+            right = halo + (-positions) % tile
             waveform = F.pad(waveform, (halo * self.hop_length, right * self.hop_length))
-            frame_mask = F.pad(frame_mask, (halo, right))
+            position_mask = F.pad(position_mask, (halo, right))
             tiles = [
                 self._encode(
                     waveform[..., start * self.hop_length : (start + tile + 2 * halo) * self.hop_length],
-                    frame_mask[:, start : start + tile + 2 * halo],
+                    position_mask[:, start : start + tile + 2 * halo],
                 )[:, halo : halo + tile]
-                for start in range(0, frames, tile)
+                for start in range(0, positions, tile)
             ]
-            return torch.cat(tiles, dim=1)[:, :frames]
+            return torch.cat(tiles, dim=1)[:, :positions]
 
-    def _encode(self, waveform: Tensor, frame_mask: Tensor | None) -> Tensor:
-        rate = self.hop_length  # positions per latent frame at the present depth
-        valid = None if frame_mask is None else frame_mask[:, None].to(waveform.dtype)
+    def _encode(self, waveform: Tensor, position_mask: Tensor | None) -> Tensor:
+        rate = self.hop_length  # steps per position at the current depth
+        valid = None if position_mask is None else position_mask[:, None].to(waveform.dtype)
         x = self.conv_in(_masked(waveform, _repeated(valid, rate)))
         for stage in self.stages:
             x = stage(x, _repeated(valid, rate))

@@ -1,4 +1,4 @@
-"""Audio and video together: the video is brought to the clock of the audio, and a transformer reads both."""
+"""The fusion of audio and video: align the video with the audio, concatenate both, run a temporal transformer."""
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,10 @@ class FusionEncoder(nn.Module):
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """
         Args:
-            audio_mask: (B, T), video_mask: (B, F) bool, True where valid, valid positions first; None: all valid.
+            audio: (B, T, Da); audio_mask: (B, T) bool, True where valid, valid positions first; None: all valid.
+            video: (B, F, Dv); video_mask: (B, F), likewise.
         Returns:
-            pooled (B, D), sequence (B, T, D), attention weights per layer.
+            pooled (B, D), sequence (B, T, D), attention weights per layer (None unless attention="eager").
         """
         audio_length, video_length = (
             torch.full((x.shape[0],), x.shape[1], device=x.device) if mask is None else mask.sum(1)

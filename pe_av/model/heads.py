@@ -1,4 +1,4 @@
-"""From tower features to the shared space, and from pairs of embeddings to logits."""
+"""Heads from tower features to the shared embedding space, and logits from pairs of embeddings."""
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ class ContrastiveHead(nn.Module):
 
 
 class PairLogits(nn.Module):
-    """s · x y^T + b with learned s and b, in float32 whatever precision the embeddings come in."""
+    """s · x yᵀ + b with learned scale s and bias b, computed in float32 for embeddings of any dtype."""
 
     def __init__(self, scale: float, bias: float):
         super().__init__()

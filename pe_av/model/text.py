@@ -1,4 +1,4 @@
-"""ModernBERT (arXiv 2412.13663), of which PE-AV reads token 0 of an inner layer, before the final norm."""
+"""ModernBERT (arXiv 2412.13663). PE-AV's text feature is token 0 of an inner layer, before the final norm."""
 
 import torch
 from einops import rearrange
@@ -8,14 +8,14 @@ from pe_av.model.transformer import ACTIVATION, at_least_float32, attend
 
 
 def rotate_halves(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn (B, H, T, d) by `angles` (T, d/2), pairing dimension i with i + d/2, in float32 at least."""
+    """Rotary embedding: rotate dimensions (i, i + d/2) of (B, H, T, d) by `angles` (T, d/2), in at least float32."""
     first, second = at_least_float32(x).chunk(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
 
 
 class TextBlock(nn.Module):
-    """Pre-norm layer with GeGLU; the first of a model has no norm before its attention."""
+    """Pre-norm layer with GeGLU; the first layer of a model has no norm before its attention."""
 
     def __init__(
         self,
@@ -62,8 +62,8 @@ class TextBlock(nn.Module):
 class ModernBERT(nn.Module):
     """(B, T) token ids -> (B, T, D) after layer `nth_text_layer`. Arguments are those of `config.TextConfig`.
 
-    Layers past `nth_text_layer` and the final norm never run; they exist, frozen, so that a published checkpoint goes
-    in and out whole.
+    The layers past `nth_text_layer` and the final norm never run. They exist, frozen, so that converting a published
+    checkpoint loses no weights.
     """
 
     def __init__(
@@ -112,14 +112,14 @@ class ModernBERT(nn.Module):
             input_ids: (B, T) token ids.
             mask: (B, T) bool, True where valid, valid tokens first; None: all valid.
         Returns:
-            hidden states (B, T, D) and per layer the attention weights (B, H, T, T) of "eager", else None.
+            hidden states (B, T, D), and per layer the attention weights (B, H, T, T) if attention="eager", else None.
         """
         position = torch.arange(input_ids.shape[1], device=input_ids.device)
         distance = (position[:, None] - position).abs()
         everything = None if mask is None else mask[:, None, None]
         window = (distance <= self.reach)[None, None]
         if mask is not None:
-            # a padded query far from every valid key looks at itself, since a softmax over nothing is NaN
+            # padding far from every valid token attends to itself, because a softmax over no keys is NaN
             window = window & (everything | (distance == 0))
         x = self.embedding_norm(self.embedding(input_ids))
         weights = []

@@ -1,5 +1,8 @@
-"""The encoder over time that audio, video and fusion share: class token, residual convolution block, transformer layers
-with grouped-query attention, q/k normalization, rotary embedding and SwiGLU (PE-AV, arXiv 2512.19687, section 3)."""
+"""The temporal transformer of the audio and video towers and of the fusion (PE-AV, arXiv 2512.19687, section 3).
+
+Class token, residual convolution block, then layers with grouped-query attention, q/k normalization, rotary embedding
+and SwiGLU. `attend` and the rotary helpers also serve the text and frame encoders.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -18,22 +21,22 @@ ACTIVATION = {
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """`x` in float32, where half precision is not enough; float64 stays float64."""
+    """float64 stays float64, everything else becomes float32: for steps where half precision is not enough."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, implementation: str, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor | None]:
-    """Scaled dot-product attention in one of three ways that give the same numbers.
+    """Scaled dot-product attention with one of three implementations that compute the same function.
 
     Args:
-        q: (B, H, T, d); k, v: (B, K, S, d), where K divides H: each key/value head serves H/K query heads.
-        mask: (B or 1, 1, T or 1, S) bool, True where a query may look, somewhere for each; None: everywhere.
-        implementation: "eager" also returns the weights; "sdpa" and "flex" never hold them whole.
-        dropout: probability of dropping a weight.
+        q: (B, H, T, d); k, v: (B, K, S, d), where K divides H; each key/value head serves H/K query heads.
+        mask: (B or 1, 1, T or 1, S) bool, True where a query may attend, at least once per query; None: everywhere.
+        implementation: "sdpa", "flex", or "eager", which materializes the weights and returns them.
+        dropout: probability of dropping an attention weight.
     Returns:
-        (B, H, T, d) values and, from "eager", the weights (B, H, T, S).
+        output (B, H, T, d), and the weights (B, H, T, S) if "eager", else None.
     """
     grouped = q.shape[1] != k.shape[1]
     if implementation == "sdpa":
@@ -41,11 +44,11 @@ def attend(
     if implementation == "flex":
         blocks = None
         if mask is not None:
-            full = mask.expand(q.shape[0], 1, q.shape[2], k.shape[2])  # the kernel asks for every row of q
+            full = mask.expand(q.shape[0], 1, q.shape[2], k.shape[2])  # the mask function needs every query index
             blocks = create_block_mask(
                 lambda b, h, i, j: full[b, 0, i, j], mask.shape[0], None, *full.shape[2:], device=mask.device
             )
-        # compiled only where the fused kernel can be trained; elsewhere PyTorch's own unfused evaluation
+        # the fused kernel has a backward on CUDA only; elsewhere use PyTorch's unfused fallback
         flex = torch.compile(flex_attention) if q.is_cuda else flex_attention
         return flex(q, k, v, block_mask=blocks, enable_gqa=grouped), None
     k, v = (repeat(x, "b k s d -> b (k g) s d", g=q.shape[1] // k.shape[1]) for x in (k, v))
@@ -57,14 +60,14 @@ def attend(
 
 
 def use_attention(model: nn.Module, implementation: str) -> None:
-    """Let every attention in `model` be computed by "eager", "sdpa" or "flex" from now on."""
+    """Switch every attention in `model` to "eager", "sdpa" or "flex"."""
     for module in model.modules():
         if hasattr(module, "implementation"):
             module.implementation = implementation
 
 
 def rotate_pairs(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn adjacent pairs of (B, H, T, d) by `angles` (B or 1, T, d/2), in float32 at least."""
+    """Rotary embedding: rotate adjacent pairs of (B, H, T, d) by `angles` (B or 1, T, d/2), in at least float32."""
     even, odd = rearrange(at_least_float32(x), "b h t (d two) -> two b h t d", two=2)
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
@@ -72,10 +75,10 @@ def rotate_pairs(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def rotary_angles(rope: RopeConfig, head_dim: int, length: int, row_length: Tensor, max_position: int) -> Tensor:
-    """Angles of positions 0 … length-1, (B or 1, length, head_dim/2) float32.
+    """Rotary angles of positions 0 … length-1: (B or 1, length, head_dim/2) float32.
 
-    "dynamic" raises the base once a row is longer than `max_position` (NTK-aware scaling). It looks at the row's own
-    valid length `row_length` (B,), not at the padded one, so a row does not change with what it is batched with.
+    "dynamic" raises the base for rows longer than `max_position` (NTK-aware scaling). It uses each row's valid length,
+    `row_length` (B,), rather than the padded one, so a row's result does not depend on the rest of the batch.
     """
     device = row_length.device
     position = torch.arange(length, device=device, dtype=torch.float32)
@@ -90,7 +93,7 @@ def rotary_angles(rope: RopeConfig, head_dim: int, length: int, row_length: Tens
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with RMS-normalized queries and keys, turned by rotary embedding."""
+    """Grouped-query self-attention with RMS-normalized queries and keys and rotary embedding."""
 
     def __init__(
         self,
@@ -153,7 +156,7 @@ class Block(nn.Module):
 
 
 class MaskedConvBlock(nn.Module):
-    """Group norm over all of a row's valid values, SiLU, convolution of 3; padding neither counts nor leaks."""
+    """Group norm with one group over a row's valid values, SiLU, convolution of 3. Padding has no influence."""
 
     def __init__(self, hidden_size: int, eps: float = 1e-5):
         super().__init__()
@@ -163,7 +166,7 @@ class MaskedConvBlock(nn.Module):
         self.conv = nn.Conv1d(hidden_size, hidden_size, kernel_size=3, padding="same")
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
-        """x (B, T, D), valid (B, T, 1) of 0 and 1 in float32 -> (B, T, D)."""
+        """x (B, T, D), valid (B, T, 1) float32, 1 where valid and 0 in padding -> (B, T, D)."""
         count = valid.sum(dim=(1, 2), keepdim=True) * x.shape[-1]
         centred = at_least_float32(x) * valid
         centred = (centred - centred.sum(dim=(1, 2), keepdim=True) / count) * valid
@@ -175,8 +178,8 @@ class MaskedConvBlock(nn.Module):
 class TemporalTransformer(nn.Module):
     """(B, T, D) features -> pooled (B, D) and sequence (B, T, D).
 
-    Arguments are those of `config.TransformerConfig`. A row's valid positions come first; what stands behind them
-    changes nothing.
+    Arguments are those of `config.TransformerConfig`. A row's valid positions come first; the values in its padding
+    have no influence.
     """
 
     def __init__(
@@ -226,9 +229,10 @@ class TemporalTransformer(nn.Module):
             x: (B, T, D) features.
             mask: (B, T) bool, True where valid, valid positions first; None: all valid.
         Returns:
-            pooled (B, D), sequence (B, T, D), per layer the attention weights (B, H, T+1, T+1) of "eager", else None.
+            pooled (B, D), sequence (B, T, D), and per layer the attention weights (B, H, T+1, T+1) if
+            attention="eager", else None.
         Raises:
-            ValueError: more positions than `max_position_embeddings`, unless the rotary embedding is dynamic.
+            ValueError: more positions than `max_position_embeddings`, unless the rotary embedding is "dynamic".
         """
         batch, length = x.shape[0], x.shape[1] + 1
         if length > self.max_position and self.rope.rope_type != "dynamic":

@@ -1,4 +1,4 @@
-"""The video tower: every frame through the vision transformer, then a transformer over time."""
+"""The video tower: frames -> vision transformer, one vector per frame -> temporal transformer."""
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +10,12 @@ from pe_av.model.vit import VisionTransformer
 
 
 def scale_frames(frames: Tensor) -> Tensor:
-    """Pixels as bytes, of any shape, to what the frame encoder reads: mean 0.5 and standard deviation 0.5 of [0, 1]."""
+    """uint8 pixels of any shape -> float32 in [-1, 1]: scaled to [0, 1], then normalized with mean and std 0.5."""
     return frames.to(torch.float32).div_(255).sub_(0.5).div_(0.5)
 
 
 class VideoEncoder(nn.Module):
-    """Frame features (B, F, vision_dim), `encode`d from frames -> pooled (B, D) and sequence (B, F, D)."""
+    """`encode`: frames -> frame features; `forward`: frame features (B, F, vision_dim) -> pooled and sequence."""
 
     def __init__(self, vision: VisionTransformer, transformer: TemporalTransformer, vision_dim: int, hidden_size: int):
         super().__init__()
@@ -25,7 +25,7 @@ class VideoEncoder(nn.Module):
         self.transformer = transformer
 
     def encode(self, pixel_values_videos: Tensor) -> Tensor:
-        """(B, F, 3, S, S) in [-1, 1] -> (B, F, vision_dim), of unit length: what a frozen frame encoder gives."""
+        """(B, F, 3, S, S) in [-1, 1] -> (B, F, vision_dim) of unit length. Can be cached while `vision` is frozen."""
         batch = pixel_values_videos.shape[0]
         frames = self.vision(rearrange(pixel_values_videos, "b f c h w -> (b f) c h w"))
         return rearrange(F.normalize(frames, dim=-1), "(b f) d -> b f d", b=batch)
@@ -35,8 +35,9 @@ class VideoEncoder(nn.Module):
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """
         Args:
-            frame_features: (B, F, vision_dim); padding_mask_videos: (B, F) bool, True where valid, valid frames first.
+            frame_features: (B, F, vision_dim).
+            padding_mask_videos: (B, F) bool, True where valid, valid frames first; None: all valid.
         Returns:
-            pooled (B, D), sequence (B, F, D), attention weights per layer.
+            pooled (B, D), sequence (B, F, D), attention weights per layer (None unless attention="eager").
         """
         return self.transformer(self.data_proj(self.proj(frame_features)), padding_mask_videos)

@@ -9,9 +9,9 @@ from pe_av.model.transformer import attend, rotate_pairs
 
 
 def grid_angles(grid: int, head_dim: int, theta: float, class_token: bool, device: torch.device) -> Tensor:
-    """2-D rotary angles (1, tokens, head_dim/2): the first half turns with x, the second with y.
+    """2-D rotary angles (1, patches, head_dim/2): the first half depends on x, the second on y.
 
-    With a class token, it sits at the origin and patches count from 1; without one they count from 0.
+    A class token sits at the origin and patches are counted from 1; without one they are counted from 0.
     """
     axis = torch.arange(grid, device=device, dtype=torch.float32) + (1 if class_token else 0)
     frequency = theta ** -(torch.arange(0, head_dim // 2, 2, device=device, dtype=torch.float32) / (head_dim // 2))
@@ -21,6 +21,8 @@ def grid_angles(grid: int, head_dim: int, theta: float, class_token: bool, devic
 
 
 class MLP(nn.Module):
+    """down(gelu(up(x))), with biases."""
+
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
         self.up = nn.Linear(hidden_size, intermediate_size)
@@ -52,7 +54,7 @@ class VisionBlock(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One learned query looks at all tokens, then a residual MLP: (B, T, D) -> (B, D)."""
+    """Cross-attention from one learned query to all patches, then a residual MLP: (B, T, D) -> (B, D)."""
 
     def __init__(self, hidden_size: int, num_heads: int, attention: str):
         super().__init__()
@@ -62,7 +64,7 @@ class AttentionPool(nn.Module):
         self.kv = nn.Linear(hidden_size, 2 * hidden_size)
         self.out = nn.Linear(hidden_size, hidden_size)
         self.mlp_norm = nn.LayerNorm(hidden_size)
-        self.mlp = MLP(hidden_size, 4 * hidden_size)  # whatever the layers have: G14's are 8960 / 1536 times as wide
+        self.mlp = MLP(hidden_size, 4 * hidden_size)  # always 4, also in G14, whose layers use 8960 / 1536
 
     def forward(self, x: Tensor) -> Tensor:
         q = rearrange(self.q(self.probe), "b t (h d) -> b h t d", h=self.num_heads).expand(x.shape[0], -1, -1, -1)
