@@ -159,18 +159,18 @@ def test_what_an_index_cannot_use_is_named(tmp_path):
     assert found["a/b"].audio and found["a/b"].video is None and found["a/two"].audio != found["a/two"].video
     told = [line.removeprefix(f"{tmp_path}/") for line in wrong]
     expected = (
-        "a.tar: good: its .cls is not used; that is no ending of sound",
-        "a.tar: none: not used; a file of a sample is named KEY.ENDING",
-        "a.tar: sub/.hidden.wav: not used; a file of a sample is named KEY.ENDING",
-        "a.tar: words: not used; it has neither sound nor picture",
-        "a.tar: bad: its .json is not used; it is no JSON object",
+        "a.tar: good: its .cls is not used: no known extension of audio, video or text",
+        "a.tar: none: not used: its name is not KEY.EXTENSION",
+        "a.tar: sub/.hidden.wav: not used: its name is not KEY.EXTENSION",
+        "a.tar: words: not used: it has neither audio nor video",
+        "a.tar: bad: its .json is not used: not a JSON object",
         "a.tar: lone: not used: nothing to pair",
-        "a.tar: two: its .mkv is not used; it has another file for that",
-        "a.tar: twin: the id one stands more than once; here it is a/twin",
+        "a.tar: two: its .mkv is not used: another file has the same modality",
+        "a.tar: twin: the id one is taken by an earlier clip; this one is named a/twin",
         "a.tar: late: not used: start=soon is not a number",
-        "a.tar: good.wav: not used; there is one of that name before it",
-        "a.tar: link.wav: not used; it is a link",
-        "b.tar.gz: not read; a shard is a .tar that is not compressed",
+        "a.tar: good.wav: not used: an earlier file has the same name",
+        "a.tar: link.wav: not used: a link",
+        "b.tar.gz: not read: it is compressed; decompress it",
         "c.tar: ",
     )
     assert len(told) == len(expected)
@@ -203,7 +203,7 @@ def test_an_odd_json_costs_only_its_own_sample(tmp_path):
         "a/split": (["x"], "3", "the caption is not UTF-8", None),
     }
     deep, nothing, name = wrong
-    assert "deep: its .json is not used; it is no JSON object (nested too deeply)" in deep
+    assert "deep: its .json is not used: not a JSON object (nested too deeply)" in deep
     assert "deep: not used: nothing to pair" in nothing and "name: not used: the id '\\ud800' is not UTF-8" in name
 
 
@@ -229,7 +229,8 @@ def test_a_shard_with_a_broken_header_says_so(tmp_path):
     (tmp_path / "a.tar").write_bytes(content)
     manifest, wrong = index(tmp_path)
     assert [clip.id for clip in manifest] == ["a/0", "a/1"]
-    assert wrong == [f"{tmp_path}/a.tar: no end of the tar at byte {header}, after its last file; the rest is not read"]
+    end = f"damaged or cut short: the archive has no end at byte {header}; the rest is not read"
+    assert wrong == [f"{tmp_path}/a.tar: {end}"]
 
 
 def test_packing_goes_on_where_it_was_interrupted(corpus, tmp_path):
@@ -243,7 +244,7 @@ def test_packing_goes_on_where_it_was_interrupted(corpus, tmp_path):
     assert (tmp_path / "part" / "SHA256SUMS").read_text() == (tmp_path / "whole" / "SHA256SUMS").read_text()
     assert (tmp_path / "part" / "000000.tar").stat().st_mtime_ns == kept
     assert not list((tmp_path / "part").glob("*.part"))
-    with pytest.raises(ConfigError, match="holds shards of another manifest"):
+    with pytest.raises(ConfigError, match="has shards of another manifest"):
         pack(Manifest.of(list(corpus)[:3]), tmp_path / "part", shard_bytes=60_000)
     plan = tmp_path / "part" / "plan.json"
     plan.write_text(plan.read_text()[:20])
@@ -267,7 +268,7 @@ def test_a_torn_shard_costs_what_it_lost(corpus, tmp_path):
             name for name, source in (("waveform", clip.audio), ("frames", clip.video)) if source and name not in found
         ]
         assert lost == {1: ["waveform"], 8: ["frames"], 9: ["waveform", "frames"], 10: ["waveform"]}.get(number, [])
-        assert number < 8 or "torn, the tar ends before the file in it does" in found["error"]
+        assert number < 8 or "the tar is cut short before the end of this file" in found["error"]
     found, wrong = index(tmp_path / "shards")  # what is left can be found without the manifest
     assert [clip.id for clip in found] == [f"clip {i}" for i in range(9)] and "000000.tar" in wrong[0]
 

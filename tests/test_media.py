@@ -20,19 +20,16 @@ import numpy as np
 import pytest
 import torch
 
-from pe_av.media.decode import (
-    CHUNK,
-    MediaError,
-    MissingTrackError,
-    iter_frames,
-    probe,
-    rate_indices,
-    read_audio,
-    read_frames,
-    spread_indices,
-)
+from pe_av.media.audio import read_audio
+from pe_av.media.frames import CHUNK, iter_frames
+from pe_av.media.timeline import rate_indices, spread_indices
+from pe_av.media.tracks import MediaError, MissingTrackError, probe
 
 HEIGHT, WIDTH = 48, 64
+
+
+def read_frames(*args, **kwargs) -> torch.Tensor:
+    return torch.cat(list(iter_frames(*args, **kwargs)))
 
 
 def grey(index: int) -> int:
@@ -431,7 +428,7 @@ def test_what_is_left_out_between_wanted_frames_changes_no_pixel(tmp_path, codec
 @pytest.fixture(params=[1.0, 0.1], ids=["from the start", "seeking"])
 def preroll(request, monkeypatch):
     """With the smaller one, even files of a second are sought in."""
-    monkeypatch.setattr("pe_av.media.decode.PREROLL", request.param)
+    monkeypatch.setattr("pe_av.media.tracks.PREROLL", request.param)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -523,7 +520,7 @@ def test_a_part_of_the_sound_is_where_it_is_in_the_whole(tmp_path, name, codec, 
         ]
         assert hi - lo < 200 or min(errors) < 0.01, (start, end, min(errors))
     assert torch.equal(read_audio(path, start=0.5, max_seconds=0.2)[0], read_audio(path, start=0.5, end=0.7)[0])
-    with pytest.raises(MediaError, match="track is empty after 60 s"):
+    with pytest.raises(MediaError, match="the audio track ends before 60 s"):
         read_audio(path, start=60.0)
 
 
@@ -714,10 +711,12 @@ def test_a_file_with_one_track_is_what_that_track_is(tmp_path):
 
 def test_damaged_times_do_not_ask_for_all_memory(tmp_path):
     far = Clock(0.0, 5, 90_000.0, 0.2).write(tmp_path / "far.mkv")
-    with pytest.raises(MediaError, match="far.mkv: the picture lasts 90000 s without its sound, .* damaged times"):
+    with pytest.raises(MediaError, match="far.mkv: 90000 s of its video have no audio, .* damaged"):
         read_audio(far)
     for how in ({}, {"frames_per_second": 25}):
-        with pytest.raises(MediaError, match="far.mkv: 5 frames would be repeated until they are 2250005, .* damaged"):
+        with pytest.raises(
+            MediaError, match="far.mkv: its 5 frames would have to be repeated to make 2250005, .* damaged"
+        ):
             read_frames(far, **how)
     assert heard(far, max_seconds=0.5) == [0] * 4000
     assert shown(read_frames(far, num_frames=5)) == [0, 1, 2, 3, 4]
@@ -739,7 +738,7 @@ def test_a_file_inside_a_tar_is_read_in_place(tmp_path):
     assert torch.equal(read_frames(where["b.png"]), read_frames(inner["b.png"]))
     assert torch.equal(read_audio(where["c.wav"])[0], read_audio(inner["c.wav"])[0])
     (tmp_path / "s.tar").write_bytes((tmp_path / "s.tar").read_bytes()[:-11_000])
-    with pytest.raises(MediaError, match="torn, the tar ends before"):
+    with pytest.raises(MediaError, match="the tar is cut short before the end of this file"):
         read_audio(where["c.wav"])
     assert shown(read_frames(where["a.mp4"])) == list(range(25))
 
@@ -768,7 +767,7 @@ def broken(tmp_path):
         ("empty.mp4", "empty.mp4: not a media file, or damaged .*; re-encode it or leave it out"),
         ("words.mp4", "words.mp4: not a media file, or damaged .*; re-encode it or leave it out"),
         ("noise.wav", "noise.wav: not a media file, or damaged .*; re-encode it or leave it out"),
-        ("words.txt", "words.txt: a text file, not media; give captions in text="),
+        ("words.txt", "words.txt: is a text file, not media; pass captions as text="),
     ],
 )
 def test_what_is_no_media_is_refused_in_one_line(broken, read, name, message):
@@ -779,13 +778,13 @@ def test_what_is_no_media_is_refused_in_one_line(broken, read, name, message):
 
 def test_a_missing_track_is_named(tmp_path):
     silent = write_greys(tmp_path / "silent.mp4")
-    with pytest.raises(MissingTrackError, match="silent.mp4: has no audio track; give the clip in videos= only"):
+    with pytest.raises(MissingTrackError, match="silent.mp4: has no audio track; pass the file as videos= only"):
         read_audio(silent)
     sound = write_wav(tmp_path / "sound.wav", np.zeros((1, 100), np.int16))
-    with pytest.raises(MissingTrackError, match="sound.wav: has no video track; give the clip in audio= only"):
+    with pytest.raises(MissingTrackError, match="sound.wav: has no video track; pass the file as audio= only"):
         read_frames(sound)
     nothing = write_wav(tmp_path / "nothing.wav", np.zeros((1, 0), np.int16))
-    with pytest.raises(MissingTrackError, match="nothing.wav: the audio track is empty; give the clip in videos= only"):
+    with pytest.raises(MissingTrackError, match="nothing.wav: its audio track is empty; pass the file as videos= only"):
         read_audio(nothing)
 
 
@@ -813,7 +812,7 @@ def test_an_empty_track_beside_a_full_one_is_missing_and_not_damaged(tmp_path, n
         assert {stream.type for stream in container.streams if stream.duration} == {empty}  # FFmpeg's estimate
         assert any("DURATION" in stream.metadata for stream in container.streams) == tags
     reads = {"audio": read_audio, "video": read_frames}
-    with pytest.raises(MissingTrackError, match=f"{name}: the {empty} track is empty"):
+    with pytest.raises(MissingTrackError, match=f"{name}: its {empty} track is empty"):
         reads.pop(empty)(path)
     for read in reads.values():
         read(path)
@@ -872,7 +871,7 @@ def test_a_format_that_nothing_decodes_is_named(tmp_path):
     content = path.read_bytes()
     where = content.rindex(b"avc1")
     path.write_bytes(content[:where] + b"zzzz" + content[where + 4 :])
-    message = "a.mp4: its video track is in a format that nothing here decodes; re-encode it"
+    message = "a.mp4: FFmpeg has no decoder for its video track; re-encode it"
     with pytest.raises(MediaError, match=message) as caught:
         read_frames(path)
     assert not isinstance(caught.value, MissingTrackError)
@@ -906,11 +905,11 @@ def test_a_size_that_cannot_be_is_refused(tmp_path, size):
 
 def test_large_frames_come_in_smaller_pieces(tmp_path, monkeypatch):
     path = write_greys(tmp_path / "a.mp4", count=7)
-    monkeypatch.setattr("pe_av.media.decode.CHUNK_BYTES", 3 * 3 * HEIGHT * WIDTH)
+    monkeypatch.setattr("pe_av.media.frames.CHUNK_BYTES", 3 * 3 * HEIGHT * WIDTH)
     assert [len(piece) for piece in iter_frames(path)] == [3, 3, 1]
-    monkeypatch.setattr("pe_av.media.decode.CHUNK_BYTES", 1)
+    monkeypatch.setattr("pe_av.media.frames.CHUNK_BYTES", 1)
     assert [len(piece) for piece in iter_frames(path)] == [1] * 7
-    monkeypatch.setattr("pe_av.media.decode.MAX_PIXELS", HEIGHT * WIDTH - 1)
+    monkeypatch.setattr("pe_av.media.tracks.MAX_PIXELS", HEIGHT * WIDTH - 1)
     with pytest.raises(MediaError, match="a.mp4: .*damaged"):
         read_frames(path)
 
@@ -919,7 +918,7 @@ def test_a_picture_whose_size_changes_is_refused(tmp_path):
     first = write_greys(tmp_path / "a.ts", count=8, options={"bf": "0"})
     second = write_frames(tmp_path / "b.ts", noise(8, 96, 128), stamps=[4 * i + 32 for i in range(8)])
     (tmp_path / "both.ts").write_bytes(first.read_bytes() + second.read_bytes())
-    with pytest.raises(MediaError, match="both.ts: the picture's size changes midway; re-encode it with a fixed one"):
+    with pytest.raises(MediaError, match="both.ts: the size of the frames changes midway; re-encode it with one size"):
         read_frames(tmp_path / "both.ts")
 
 
@@ -973,7 +972,7 @@ def test_names_that_are_no_unicode(tmp_path, name):
 
 def test_frames_without_times_are_refused(tmp_path):
     path = write_greys(tmp_path / "raw.h264")
-    with pytest.raises(MediaError, match="raw.h264: frames carry no time; re-encode it, e.g. as MP4"):
+    with pytest.raises(MediaError, match="raw.h264: its frames have no timestamps; re-encode it, e.g. as MP4"):
         read_frames(path)
 
 
@@ -989,7 +988,7 @@ def test_impossible_limits_are_refused(tmp_path):
 
 
 def test_importing_the_processor_loads_no_codec():
-    code = "import sys, pe_av.data.processor; print([name for name in ('av',) if name in sys.modules])"
+    code = "import sys, pe_av.media.processor; print([name for name in ('av',) if name in sys.modules])"
     root = Path(__file__).parent.parent
     found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -2,6 +2,7 @@
 values worked out by hand."""
 
 import math
+import os
 import pickle
 import wave
 from fractions import Fraction
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_media import read_frames
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from pe_av.config import AudioConfig, CodecConfig, ConfigError, ModelConfig, TextConfig, VideoConfig, VisionConfig
@@ -18,8 +20,9 @@ from pe_av.config.compose import model_config_yaml
 from pe_av.data.clips import ClipReader
 from pe_av.data.manifest import Clip
 from pe_av.loading.batch import Collate
-from pe_av.media.decode import MediaError, MissingTrackError, read_audio, read_frames
-from pe_av.media.processor import Processor, pad_to_hops
+from pe_av.media.audio import pad_to_hops, read_audio
+from pe_av.media.processor import Processor
+from pe_av.media.tracks import MediaError, MissingTrackError
 
 SIZE = 28
 HOP = 1920
@@ -103,19 +106,19 @@ def test_the_tokenizers_own_truncation_and_padding_neither_matter_nor_change():
 
 @pytest.mark.parametrize("empty", ["", "  ", "\n\t"])
 def test_an_empty_caption_is_named(processor, empty):
-    with pytest.raises(ValueError, match=r"text\[1\] is empty; give a caption or leave the item out"):
+    with pytest.raises(ValueError, match=r"text\[1\] is empty; pass a caption or leave the item out"):
         processor(text=["a dog", empty])
 
 
 def test_a_caption_must_be_text(processor):
-    with pytest.raises(ValueError, match=r"text\[2\] is float; give a string"):
+    with pytest.raises(ValueError, match=r"text\[2\] is of type float; pass a string"):
         processor(text=["a", "dog", math.nan])
 
 
 def test_another_models_tokenizer_is_refused():
     processor = Processor(make_config(vocab_size=8), make_tokenizer())
     assert processor(text="a dog at")["input_ids"].tolist() == [[1, 4, 5, 7, 2]]
-    with pytest.raises(ValueError, match=r"text\[1\] has token 9, but the model knows 8: .* another model's, replace"):
+    with pytest.raises(ValueError, match=r"text\[1\] has token id 9, but .* ends at 7: .* another model's, replace"):
         processor(text=["a", "loudly"])
 
 
@@ -283,22 +286,25 @@ def test_files_bring_their_own_rate(processor, tmp_path):
 BAD_AUDIO = [
     (torch.zeros(0), r"a waveform of shape \(0,\) has no samples; leave the item out"),
     (torch.zeros(2, 0), r"a waveform of shape \(2, 0\) has no samples"),
-    (torch.zeros(1, 1, 100), r"a waveform of shape \(1, 1, 100\); give \(samples,\) or .* a list for a batch"),
-    (torch.tensor(0.5), r"a waveform of shape \(\); give"),
+    (torch.zeros(1, 1, 100), r"a waveform of shape \(1, 1, 100\); pass \(samples,\) or .* a batch as a list"),
+    (torch.tensor(0.5), r"a waveform of shape \(\); pass"),
     (torch.zeros(48_000, 2), r"a waveform of shape \(48000, 2\) has more channels than samples; transpose it"),
-    (torch.full((100,), math.nan), "samples are NaN or Inf; leave the item out or repair it"),
-    (torch.tensor([0.0, math.inf, 0.0]), "samples are NaN or Inf"),
-    (torch.tensor([[0.0, math.inf], [0.0, -math.inf]]), "samples are NaN or Inf"),
-    (np.array([0.1, math.nan]), "samples are NaN or Inf"),
-    (torch.tensor([0.0, 20_000.0]), r"samples reach 20000 where \[-1, 1\] is full scale; divide, or pass int16"),
-    (torch.zeros(100, dtype=torch.bool), "a waveform of torch.bool; give floating point"),
-    (torch.zeros(100, dtype=torch.uint8), "a waveform of torch.uint8; give floating point"),
-    (torch.zeros(100, dtype=torch.int64), "a waveform of torch.int64; give floating point"),
-    (torch.zeros(100, dtype=torch.complex64), "a waveform of torch.complex64; give floating point"),
-    (np.zeros(100, np.complex64), "is an array of complex64; give a path, or a waveform as a tensor or array"),
-    (np.array(["a"]), "is an array of <U1; give a path"),
-    (0.5, "is float; give a path, or a waveform as a tensor or array"),
-    (None, "is NoneType; give a path"),
+    (torch.full((100,), math.nan), "has samples that are NaN or Inf; repair it or leave it out"),
+    (torch.tensor([0.0, math.inf, 0.0]), "has samples that are NaN or Inf"),
+    (torch.tensor([[0.0, math.inf], [0.0, -math.inf]]), "has samples that are NaN or Inf"),
+    (np.array([0.1, math.nan]), "has samples that are NaN or Inf"),
+    (
+        torch.tensor([0.0, 20_000.0]),
+        r"samples reach 20000, but full scale is \[-1, 1\]; divide them or pass int16",
+    ),
+    (torch.zeros(100, dtype=torch.bool), "a waveform of torch.bool; pass floating point"),
+    (torch.zeros(100, dtype=torch.uint8), "a waveform of torch.uint8; pass floating point"),
+    (torch.zeros(100, dtype=torch.int64), "a waveform of torch.int64; pass floating point"),
+    (torch.zeros(100, dtype=torch.complex64), "a waveform of torch.complex64; pass floating point"),
+    (np.zeros(100, np.complex64), "is an array of complex64; pass a path, or a waveform as a tensor or array"),
+    (np.array(["a"]), "is an array of <U1; pass a path"),
+    (0.5, "is of type float; pass a path, or a waveform as a tensor or array"),
+    (None, "is of type NoneType; pass a path"),
     ("missing.wav", "missing.wav: no such file"),
 ]
 
@@ -318,15 +324,17 @@ def test_a_file_of_wrong_numbers_is_named(processor, tmp_path):
         frame.sample_rate = 48_000
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    with pytest.raises(MediaError, match=r"audio\[0\]: .*nan.wav: samples are NaN or Inf"):
+    with pytest.raises(MediaError, match=r"audio\[0\]: .*nan.wav: has samples that are NaN or Inf"):
         processor(audio=path)
 
 
 def test_a_waveform_needs_its_rate(processor):
-    with pytest.raises(MediaError, match=r"audio\[0\]: a waveform needs its rate: pass sampling_rate= in Hz"):
+    with pytest.raises(
+        MediaError, match=r"audio\[0\]: a waveform does not say its sampling rate; pass it as sampling_rate="
+    ):
         processor(audio=torch.zeros(100))
     for rate in (0, -48_000, 48, 44.1, 44_100.5, math.nan, math.inf, "48000", True, 10**9):
-        with pytest.raises(MediaError, match="sampling_rate=.* is not a rate in Hz, 1000 to 1000000"):
+        with pytest.raises(MediaError, match="sampling_rate=.* is not a whole number of Hz between 1000 and 1000000"):
             processor(audio=torch.zeros(100), sampling_rate=rate)
     for rate in (48_000.0, np.int64(48_000), np.float32(48_000)):
         assert processor(audio=torch.zeros(HOP), sampling_rate=rate)["input_values"].shape == (1, 1, HOP)
@@ -411,25 +419,25 @@ def test_files_are_sampled_as_the_model_wants(clip, sampling, seconds, expected)
 
 
 BAD_VIDEOS = [
-    (torch.zeros(0, 3, 8, 8, dtype=torch.uint8), r"frames of shape \(0, 3, 8, 8\) hold no picture; leave the item out"),
-    (torch.zeros(2, 3, 0, 8, dtype=torch.uint8), r"frames of shape \(2, 3, 0, 8\) hold no picture"),
-    (torch.zeros(2, 3, 8, 8), "frames of torch.float32; give uint8 from 0 to 255, the processor scales them"),
-    (np.zeros((2, 8, 8, 3), np.int64), "frames of torch.int64; give uint8"),
+    (torch.zeros(0, 3, 8, 8, dtype=torch.uint8), r"frames of shape \(0, 3, 8, 8\) have no pixels; leave the item out"),
+    (torch.zeros(2, 3, 0, 8, dtype=torch.uint8), r"frames of shape \(2, 3, 0, 8\) have no pixels"),
+    (torch.zeros(2, 3, 8, 8), "frames of torch.float32; pass uint8 from 0 to 255, the processor scales them"),
+    (np.zeros((2, 8, 8, 3), np.int64), "frames of torch.int64; pass uint8"),
     (
         torch.zeros(3, 8, 8, dtype=torch.uint8),
-        r"frames of shape \(3, 8, 8\); give \(F, 3, H, W\) or .* a list for a batch",
+        r"frames of shape \(3, 8, 8\); pass \(F, 3, H, W\) or .* a batch as a list",
     ),
-    (torch.zeros(1, 2, 3, 8, 8, dtype=torch.uint8), r"frames of shape \(1, 2, 3, 8, 8\); give"),
+    (torch.zeros(1, 2, 3, 8, 8, dtype=torch.uint8), r"frames of shape \(1, 2, 3, 8, 8\); pass"),
     (
         torch.zeros(2, 3, 8, 3, dtype=torch.uint8),
-        r"frames of shape \(2, 3, 8, 3\); one of the second and last .* only one",
+        r"frames of shape \(2, 3, 8, 3\); exactly one of the second and the last .* must be 3",
     ),
     (
         torch.zeros(2, 4, 8, 8, dtype=torch.uint8),
-        r"frames of shape \(2, 4, 8, 8\); one of the second and last .* only one",
+        r"frames of shape \(2, 4, 8, 8\); exactly one of the second and the last .* must be 3",
     ),
-    (7, "is int; give a path, or frames as a tensor or array"),
-    ([np.zeros((8, 8, 3), np.uint8)], "is list; give a path, or frames as a tensor or array"),
+    (7, "is of type int; pass a path, or frames as a tensor or array"),
+    ([np.zeros((8, 8, 3), np.uint8)], "is of type list; pass a path, or frames as a tensor or array"),
     ("missing.mp4", "missing.mp4: no such file"),
 ]
 
@@ -569,8 +577,8 @@ def test_what_is_missing_of_a_clip_is_told_apart_from_what_is_broken(processor, 
 
     assert found(both, both) == (["frames", "waveform"], {})
     assert found(None, both) == (["frames"], {})
-    no_sound = f"{silent}: has no audio track; give the clip in videos= only, or leave it out"
-    no_picture = f"{blind}: has no video track; give the clip in audio= only, or leave it out"
+    no_sound = f"{silent}: has no audio track; pass the file as videos= only, or leave it out"
+    no_picture = f"{blind}: has no video track; pass the file as audio= only, or leave it out"
     assert found(silent, silent) == (["frames"], {"partial": no_sound})
     assert found(blind, blind) == (["waveform"], {"partial": no_picture})
     assert found(silent, blind) == ([], {"partial": f"{no_sound}; {no_picture}"})
@@ -637,7 +645,8 @@ def test_half_characters_make_one_bad_item(processor, clip):
         Clip("a", "no\ud800.wav", str(clip), {None: ["a dog", "a \ud83d"], "audio": ["\udc00"]})
     )
     assert item["captions"] == {None: ["a dog"]} and "frames" in item
-    told = ("the caption is not UTF-8", "the audio_caption is not UTF-8", "no\\ud800.wav: no such file")
+    missing = f"no\\ud800.wav: no such file; looked for {os.getcwd()}/no\\ud800.wav"
+    told = ("the caption is not UTF-8", "the audio_caption is not UTF-8", missing)
     assert item["error"] == "; ".join(told) and "partial" not in item
     batch = Collate(processor)([item])
     assert batch["ids"] == ["a"] and batch["captions"] == [["a dog"]]
@@ -646,9 +655,9 @@ def test_half_characters_make_one_bad_item(processor, clip):
 
 
 def test_lists_must_have_one_length(processor):
-    with pytest.raises(ValueError, match="there are 2 of text, 1 of audio"):
+    with pytest.raises(ValueError, match="got 2 of text, 1 of audio"):
         processor(text=["a", "dog"], audio=torch.zeros(100), sampling_rate=48_000)
-    with pytest.raises(ValueError, match="not empty, but there are 0 of videos"):
+    with pytest.raises(ValueError, match="got 0 of videos; pass equally many of each, and at least one"):
         processor(videos=[])
-    with pytest.raises(ValueError, match="nothing to process: give at least one of text=, audio= and videos="):
+    with pytest.raises(ValueError, match="nothing to process: pass at least one of text=, audio= and videos="):
         processor(sampling_rate=48_000)

@@ -34,8 +34,8 @@ from pe_av.config import ConfigError, DataConfig
 from pe_av.data.clips import ClipReader
 from pe_av.data.manifest import Clip, Manifest, read_manifest
 from pe_av.device import pick_device
-from pe_av.media.decode import source_path
 from pe_av.media.processor import Processor
+from pe_av.media.tracks import source_path
 from pe_av.model.pe_audio_video import PEAudioVideo
 from pe_av.ranks import of_rank_0, rank
 from pe_av.workers import read_all

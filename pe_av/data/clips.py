@@ -6,8 +6,8 @@ from pe_av.config import ConfigError, DataConfig
 from pe_av.data.demo import prepare_demo
 from pe_av.data.manifest import CAPTION_COLUMNS, Clip, Manifest, read_manifest
 from pe_av.data.stamps import prepare_stamps
-from pe_av.media.decode import MediaError, MissingTrackError
 from pe_av.media.processor import Processor
+from pe_av.media.tracks import MediaError, MissingTrackError
 
 
 class ClipReader:

@@ -52,7 +52,7 @@ from rich.console import Console
 from rich.progress import track
 
 from pe_av.config import CAPTIONS, ConfigError
-from pe_av.media.decode import MediaError, probe
+from pe_av.media.tracks import MediaError, probe
 
 # kind of caption (None: it tells of all) -> column
 CAPTION_COLUMNS: dict[str | None, str] = {None: "caption"} | {kind: f"{kind}_caption" for kind in CAPTIONS}

@@ -1,13 +1,16 @@
-"""Tar shards in the layout of webdataset, for corpora with more files than a file system likes.
+"""Tar shards in webdataset's layout, for corpora with more files than a file system handles well.
 
-    python -m pe_av.data.shards pack MANIFEST FOLDER    files of a manifest -> FOLDER/000000.tar …, manifest.parquet and
-                                                        SHA256SUMS (`sha256sum -c` checks them); goes on when restarted
-    python -m pe_av.data.shards index FOLDER            manifest.parquet for shards that came without one
+    python -m pe_av.data.shards pack MANIFEST FOLDER    packs the files of a manifest into FOLDER/000000.tar …, and
+                                                        writes manifest.parquet and SHA256SUMS (for `sha256sum -c`);
+                                                        after an interruption the same command goes on
+    python -m pe_av.data.shards index FOLDER            writes manifest.parquet for shards that came without one
 
-Each sample is KEY.json, what the manifest says of it, and its files, KEY.mp4 or KEY.audio.wav and KEY.video.mp4; a
-key ends at the first dot of a file's name, folders apart, as in webdataset. The
-tars are not compressed, so the manifest can say where in them each file lies; training then reads it in place, in any
-order, split over ranks and workers like any other manifest. A shard that is cut short costs the samples it lost.
+A sample has KEY.json, with the columns of a manifest, or KEY.txt, with a caption; and its media, for example KEY.mp4,
+or KEY.audio.wav and KEY.video.mp4. As in webdataset, a key includes folders and ends at the first dot of the file name.
+
+The tars are not compressed, so the manifest can say where each file lies in them (`SHARD.tar#OFFSET+SIZE`). Training
+reads them there, in any order and split over ranks and workers, like the files of any other manifest. If a shard is cut
+short, only the samples behind the cut are lost.
 """
 
 import hashlib
@@ -20,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rich.console import Console
 from rich.progress import track
@@ -29,122 +32,183 @@ from pe_av.config import ConfigError
 from pe_av.data.manifest import CAPTION_COLUMNS, Clip, Manifest, checked_clip, read_manifest
 
 AUDIO = {"wav", "flac", "mp3", "ogg", "opus", "oga", "m4a", "aac", "wma", "aiff", "aif"}
-VIDEO = set("mp4 m4v mov mkv webm avi mpg mpeg ts mts m2ts flv wmv ogv 3gp gif".split())  # with or without sound
-NOTES = {"txt", "json"}  # a caption; what the manifest says
-NAMED = ("audio", "video", "media")  # media: sound and picture; so named, a file may have any ending
+VIDEO = set("mp4 m4v mov mkv webm avi mpg mpeg ts mts m2ts flv wmv ogv 3gp gif".split())  # with or without audio
+ROLES = ("audio", "video", "media")  # KEY.ROLE.EXTENSION, with any extension; "media" has both audio and video
+
+# the files of a sample: extension -> where the file is, and the content if it is a .json or .txt
+Files = dict[str, tuple[str, bytes | None]]
 
 
-def pack(manifest: Manifest, folder: str | Path, shard_bytes: int = 10**9, threads: int = 4) -> dict[str, str]:
-    """The files of a manifest into shards; those that are there already stay.
+def pack(manifest: Manifest, folder: str | Path, shard_bytes: int = 10**9) -> dict[str, str]:
+    """Pack the files of a manifest into shards. Shards that are already complete in the folder are kept.
 
     Args:
-        shard_bytes: about how large a shard becomes.
-        threads: shards that are written at a time.
+        shard_bytes: approximate size of a shard.
     Returns:
-        id -> why a clip was left out.
+        id -> reason, for clips that were left out.
     Raises:
-        ConfigError: the folder holds shards of another manifest.
+        ConfigError: the folder has shards of another manifest, or no clip could be packed.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     plan = list(_plan(manifest, shard_bytes))
-    note = folder / "plan.json"
-    told = {"clips": len(manifest), "shards": len(plan), "ids": hashlib.sha256(repr(plan).encode()).hexdigest()}
-    if note.exists():
+    summary = {"clips": len(manifest), "shards": len(plan), "ids": hashlib.sha256(repr(plan).encode()).hexdigest()}
+    summary_file = folder / "plan.json"
+    if summary_file.exists():
         try:
-            known = json.loads(note.read_bytes())
+            known = json.loads(summary_file.read_bytes())
         except ValueError:
-            raise ConfigError(f"{note}: damaged; delete it, if the shards beside it are of this manifest") from None
-        if known != told:
-            wrong = "holds shards of another manifest, or of other sizes"
-            raise ConfigError(f"{folder}: {wrong}; pack into another folder")
-    _replace(note, json.dumps(told))
-    with ThreadPoolExecutor(threads) as pool:  # reading, hashing and writing all let other threads run
-        jobs = pool.map(lambda job: _pack(manifest, folder, *job), enumerate(plan))
-        done = list(track(jobs, "packing", total=len(plan), console=Console(stderr=True)))
-    _replace(folder / "SHA256SUMS", "".join(f"{entry['sha256']}  {entry['shard']}\n" for entry in done))
-    clips = [checked_clip(row, entry["shard"]) for entry in done for row in entry["rows"]]
+            advice = "delete it if the shards beside it were packed from this manifest"
+            raise ConfigError(f"{summary_file}: damaged; {advice}") from None
+        if known != summary:
+            raise ConfigError(f"{folder}: has shards of another manifest, or of other sizes; pack into another folder")
+    _write_text(summary_file, json.dumps(summary))
+    with ThreadPoolExecutor(4) as pool:  # reading, hashing and writing all release the GIL
+        jobs = pool.map(lambda job: _pack_shard(manifest, folder, *job), enumerate(plan))
+        shards = list(track(jobs, "packing", total=len(plan), console=Console(stderr=True)))
+    _write_text(folder / "SHA256SUMS", "".join(f"{shard['sha256']}  {shard['shard']}\n" for shard in shards))
+    clips = [checked_clip(row, shard["shard"]) for shard in shards for row in shard["rows"]]
     if not clips:
-        raise ConfigError(f"{folder}: none of the {len(manifest)} clips could be read")
+        raise ConfigError(f"{folder}: none of the {len(manifest)} clips could be packed, since their files are missing")
     Manifest.of(clips, folder).write(folder / "manifest.parquet")
-    return {name: reason for entry in done for name, reason in entry["left_out"].items()}
+    return {name: reason for shard in shards for name, reason in shard["left_out"].items()}
 
 
 def index(folder: str | Path) -> tuple[Manifest, list[str]]:
-    """The manifest of the shards in a folder, found by reading the headers of the tars.
+    """Write the manifest of the shards in a folder, from the headers of the tars and the .json and .txt in them.
 
-    A sample's caption is the "caption" of its .json, or its .txt. A file that a shard is too short for is left in, so
-    that reading names it.
+    A sample whose file is cut off stays in the manifest, so that training names it.
 
     Returns:
-        the manifest, which is written too, and what of which shard is not in it, and why.
+        The manifest, and a line for everything that is not in it.
+    Raises:
+        ConfigError: no shard has a usable sample.
     """
     folder = Path(folder)
-    clips, names, wrong = [], set(), []
+    clips: list[Clip] = []
+    ids: set[str] = set()
+    problems: list[str] = []
     for shard in sorted(path for path in folder.glob("*") if ".tar" in path.suffixes or path.suffix == ".tgz"):
         if shard.suffix != ".tar":
-            wrong.append(f"{shard}: not read; a shard is a .tar that is not compressed")
+            problems.append(f"{shard}: not read: it is compressed; decompress it, or stream it with data.shards=")
             continue
-        samples, complaints = _samples(shard)
-        wrong += [f"{shard}: {complaint}" for complaint in complaints]
+        samples, shard_problems = _list_samples(shard)
+        problems += [f"{shard}: {problem}" for problem in shard_problems]
         for key, files in samples.items():
-            clip, complaints = clip_of(shard, key, files)
-            if clip is not None and clip.id in names:
-                complaints.append(f"the id {clip.id} stands more than once; here it is {shard.stem}/{key}")
-                clip = replace(clip, id=f"{shard.stem}/{key}")
+            clip, sample_problems = sample_clip(shard.stem, key, files)
             if clip is not None:
+                if clip.id in ids:
+                    unique = f"{shard.stem}/{key}"
+                    sample_problems.append(f"the id {clip.id} is taken by an earlier clip; this one is named {unique}")
+                    clip = replace(clip, id=unique)
                 clips.append(clip)
-                names.add(clip.id)
-            wrong += [f"{shard}: {key}: {complaint}" for complaint in complaints]
+                ids.add(clip.id)
+            problems += [f"{shard}: {key}: {problem}" for problem in sample_problems]
     if not clips:
-        raise ConfigError("; ".join([f"{folder}: no shards with clips there", *wrong[:1]]))
+        raise ConfigError("; ".join([f"{folder}: no shards with usable samples", *problems[:1]]))
     manifest = Manifest.of(clips, folder)
     manifest.write(folder / "manifest.parquet")
-    return manifest, wrong
+    return manifest, problems
 
 
-# ending -> where it lies, and the content of notes
-Files = dict[str, tuple[str, bytes | None]]
+def sample_clip(shard: str, key: str, files: Files) -> tuple[Clip | None, list[str]]:
+    """The clip that a sample makes, None if it cannot be used, and a reason for everything in it that is not used.
+
+    A caption comes from the "caption" of KEY.json, or else from KEY.txt.
+
+    Args:
+        shard: the shard's name, which is a part of the clip's id if KEY.json has none.
+        key: the sample's key in the shard.
+        files: what the shard has under this key; the places become the clip's `audio` and `video`.
+    """
+    row: dict[str, Any] = {}
+    text = ""
+    media: dict[str, list[str]] = {role: [] for role in ROLES}
+    problems = []
+    for extension, (_, content) in files.items():
+        first, last = extension.split(".")[0], extension.split(".")[-1]
+        if extension == "json":
+            try:
+                row = _json_object(content)
+            except ValueError as error:
+                problems.append(f"its .json is not used: not a JSON object ({error})")
+        elif extension == "txt":
+            text = content.decode("utf-8", "replace").strip()
+        elif first in ROLES:
+            media[first].append(extension)
+        elif last in AUDIO:
+            media["audio"].append(extension)
+        elif last in VIDEO:
+            media["media"].append(extension)
+        else:
+            problems.append(f"its .{extension} is not used: no known extension of audio, video or text")
+    used = {modality: next(iter(media[modality] + media["media"]), None) for modality in ("audio", "video")}
+    for extension in (extension for extensions in media.values() for extension in extensions):
+        if extension not in used.values():
+            problems.append(f"its .{extension} is not used: another file has the same modality")
+    if not any(used.values()):
+        return None, [*problems, "not used: it has neither audio nor video"]
+    if not row.get("caption") and "txt" in files:
+        row["caption"] = text
+    row |= {modality: extension and files[extension][0] for modality, extension in used.items()} | {"path": None}
+    row["id"] = str(row.get("id") or f"{shard}/{key}")
+    try:
+        return checked_clip(row, "not used"), problems
+    except ConfigError as error:
+        return None, [*problems, str(error)]
 
 
-def _samples(shard: Path) -> tuple[dict[str, Files], list[str]]:
-    """(key -> the files of its sample, what was wrong) with a shard."""
+def _json_object(content: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"of type {type(value).__name__}")
+    return value
+
+
+def _list_samples(shard: Path) -> tuple[dict[str, Files], list[str]]:
+    """Key -> the files of its sample, for all samples of a shard; and what is wrong with the shard."""
     samples: dict[str, Files] = {}
-    wrong = []
+    problems = []
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
                 if member.isdir():
                     continue
-                path, _, name = member.name.rpartition("/")
-                stem, dot, ending = name.partition(".")
+                folder, _, name = member.name.rpartition("/")
+                stem, dot, extension = name.partition(".")
+                extension = extension.lower()
                 if not member.isreg() or member.issparse():
-                    wrong.append(f"{member.name}: not used; it is a link or no plain file")
+                    problems.append(f"{member.name}: not used: a link or another special file")
                 elif not stem or not dot:
-                    wrong.append(f"{member.name}: not used; a file of a sample is named KEY.ENDING")
+                    problems.append(f"{member.name}: not used: its name is not KEY.EXTENSION")
                 else:
-                    files = samples.setdefault(os.path.normpath(os.path.join(path, stem)), {})
-                    if ending.lower() in files:
-                        wrong.append(f"{member.name}: not used; there is one of that name before it")
+                    files = samples.setdefault(os.path.normpath(os.path.join(folder, stem)), {})
+                    if extension in files:
+                        problems.append(f"{member.name}: not used: an earlier file has the same name")
                         continue
-                    content = tar.extractfile(member).read() if ending.lower() in NOTES else None
-                    files[ending.lower()] = f"{shard.name}#{member.offset_data}+{member.size}", content
-        # a header that is none ends the reading without a word
+                    content = tar.extractfile(member).read() if extension in ("txt", "json") else None
+                    files[extension] = f"{shard.name}#{member.offset_data}+{member.size}", content
+        # tarfile takes a damaged header for the end of the archive; a real end is a block of zeros
         with shard.open("rb") as file:
             file.seek(tar.offset)
             rest = file.read(2**20)
             if len(rest) < tarfile.BLOCKSIZE or any(rest):
-                wrong.append(f"no end of the tar at byte {tar.offset}, after its last file; the rest is not read")
+                problems.append(
+                    f"damaged or cut short: the archive has no end at byte {tar.offset}; the rest is not read"
+                )
     except (tarfile.TarError, EOFError) as error:
-        wrong.append(f"{error}; the rest is not read")
-    return samples, wrong
+        problems.append(f"damaged ({error}); the rest is not read")
+    return samples, problems
 
 
 def _plan(manifest: Manifest, shard_bytes: int) -> Iterator[list[int]]:
-    """Rows for each shard."""
+    """The rows of the manifest that go into each shard."""
     rows, size = [], 0
-    for number, clip in enumerate(manifest):
-        rows.append(number)
+    for row, clip in enumerate(manifest):
+        rows.append(row)
         size += sum(os.path.getsize(path) for path in {clip.audio, clip.video} - {None} if os.path.isfile(path))
         if size >= shard_bytes:
             yield rows
@@ -153,102 +217,60 @@ def _plan(manifest: Manifest, shard_bytes: int) -> Iterator[list[int]]:
         yield rows
 
 
-def _pack(manifest: Manifest, folder: Path, number: int, rows: list[int]) -> dict[str, Any]:
-    """One shard, and beside it what is in it; both get their names when they are complete."""
-    shard, note = folder / f"{number:06d}.tar", folder / f"{number:06d}.json"
-    if note.exists() and shard.exists():
-        return json.loads(note.read_text())
+def _pack_shard(manifest: Manifest, folder: Path, number: int, rows: list[int]) -> dict[str, Any]:
+    """Write a shard, and beside it a list of what is in it. Both get their names when they are complete."""
+    shard, contents_file = folder / f"{number:06d}.tar", folder / f"{number:06d}.json"
+    if contents_file.exists() and shard.exists():
+        return json.loads(contents_file.read_text())
     written, left_out = [], {}
     with tarfile.open(f"{shard}.part", "w", format=tarfile.USTAR_FORMAT) as tar:
         for row in rows:
             clip = manifest[row]
-            both = "" if clip.audio and Path(clip.audio).suffix[1:].lower() in VIDEO else ".media"
-            files = {both: clip.audio} if clip.audio == clip.video else {".audio": clip.audio, ".video": clip.video}
-            files = {f"{row:09d}{part}{Path(path).suffix}": path for part, path in files.items() if path is not None}
+            paths = {".audio": clip.audio, ".video": clip.video}
+            if clip.audio == clip.video:  # ".media" if its extension does not say that it has video
+                is_plain = clip.audio and Path(clip.audio).suffix[1:].lower() in VIDEO
+                paths = {"" if is_plain else ".media": clip.audio}
+            files = {f"{row:09d}{role}{Path(path).suffix}": path for role, path in paths.items() if path is not None}
             missing = next((path for path in files.values() if not os.path.isfile(path)), None)
             if missing is not None:
                 left_out[clip.id] = f"{missing}: no such file"
                 continue
             entry = _entry(clip)
-            # first, so that a torn sample is still known by its name
+            # first, so that the name of a sample that is cut off is known
             _add(tar, f"{row:09d}.json", io.BytesIO(json.dumps(entry).encode()))
             places = {}
             for name, path in files.items():
                 with open(path, "rb") as file:
-                    places[path] = f"{shard.name}#{_add(tar, name, file)}+{tar.members[-1].size}"
+                    places[path] = f"{shard.name}#{_add(tar, name, file)}"
             written.append(entry | {"audio": places.get(clip.audio), "video": places.get(clip.video)})
-            tar.members.clear()  # else they would pile up
     with open(f"{shard}.part", "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     os.replace(f"{shard}.part", shard)
-    done = {"shard": shard.name, "sha256": digest, "rows": written, "left_out": left_out}
-    _replace(note, json.dumps(done))
-    return done
+    contents = {"shard": shard.name, "sha256": digest, "rows": written, "left_out": left_out}
+    _write_text(contents_file, json.dumps(contents))
+    return contents
 
 
-def _add(tar: tarfile.TarFile, name: str, file: Any) -> int:
-    """Where the content begins in the tar."""
+def _add(tar: tarfile.TarFile, name: str, file: BinaryIO) -> str:
+    """Add a file to a tar; returns where its content is, as OFFSET+SIZE."""
     info = tarfile.TarInfo(name)
     info.size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    begin = tar.offset + tarfile.BLOCKSIZE  # USTAR: one block of header
+    offset = tar.offset + tarfile.BLOCKSIZE  # a USTAR header is one block
     tar.addfile(info, file)
-    return begin
+    tar.members.clear()  # otherwise they pile up
+    return f"{offset}+{info.size}"
 
 
 def _entry(clip: Clip) -> dict[str, Any]:
+    """The columns of a clip's row, apart from its files."""
     captions = {CAPTION_COLUMNS[kind]: texts for kind, texts in clip.captions.items()}
     rest = {name: getattr(clip, name) for name in ("id", "split", "start", "end", "seconds", "problem", "lacks")}
     return {name: value for name, value in (rest | captions).items() if value is not None}
 
 
-def clip_of(shard: Path, key: str, files: Files) -> tuple[Clip | None, list[str]]:
-    """(the clip that a sample makes, what of it is not used, and why)."""
-    row: dict[str, Any] = {}
-    text = None
-    found: dict[str, list[str]] = {part: [] for part in NAMED}
-    wrong = []
-    for ending, (_, content) in files.items():
-        first, _, rest = ending.partition(".")
-        last = ending.rpartition(".")[2]
-        if ending == "json":
-            try:
-                told = json.loads(content)
-            except RecursionError:
-                told = "nested too deeply"
-            except ValueError as error:
-                told = error
-            if isinstance(told, dict):
-                row = told
-            else:
-                wrong.append(f"its .json is not used; it is no JSON object ({told})")
-        elif ending == "txt":
-            text = content.decode("utf-8", "replace").strip()
-        elif first in NAMED:
-            found[first].append(ending)
-        elif last in AUDIO:
-            found["audio"].append(ending)
-        elif last in VIDEO:
-            found["media"].append(ending)
-        else:
-            wrong.append(f"its .{ending} is not used; that is no ending of sound, picture, .txt or .json")
-    used = {part: next(iter(found[part] + found["media"]), None) for part in ("audio", "video")}
-    for ending in (ending for endings in found.values() for ending in endings if ending not in used.values()):
-        wrong.append(f"its .{ending} is not used; it has another file for that")
-    if not any(used.values()):
-        return None, [*wrong, "not used; it has neither sound nor picture"]
-    if text is not None and not row.get("caption"):
-        row["caption"] = text
-    row |= {part: files[ending][0] if ending else None for part, ending in used.items()} | {"path": None}
-    row["id"] = str(row.get("id") or f"{shard.stem}/{key}")
-    try:
-        return checked_clip(row, "not used"), wrong
-    except ConfigError as error:
-        return None, [*wrong, str(error)]
-
-
-def _replace(path: Path, text: str) -> None:
-    """The file gets its name when it is complete."""
+def _write_text(path: Path, text: str) -> None:
+    """Write a file that gets its name when it is complete."""
     Path(f"{path}.part").write_text(text)
     os.replace(f"{path}.part", path)
 
@@ -258,17 +280,16 @@ def main(arguments: Sequence[str]) -> None:
     try:
         match arguments:
             case ["pack", source, folder]:
-                left_out = pack(read_manifest(source), folder)
-                for name, reason in left_out.items():
+                for name, reason in pack(read_manifest(source), folder).items():
                     print(f"left out {name}: {reason}", file=sys.stderr)
             case ["index", folder]:
-                for complaint in index(folder)[1]:
-                    print(complaint, file=sys.stderr)
+                for problem in index(folder)[1]:
+                    print(problem, file=sys.stderr)
             case _:
                 sys.exit(f"usage: {main.__doc__}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"written {folder}/manifest.parquet: data.train={folder}/manifest.parquet")
+    print(f"written: {folder}/manifest.parquet; train with data.train={folder}/manifest.parquet")
 
 
 if __name__ == "__main__":

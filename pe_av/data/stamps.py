@@ -29,8 +29,8 @@ from torchvision.io import ImageReadMode, decode_image
 
 from pe_av.config import ConfigError, StampsConfig
 from pe_av.data.demo import FRAME_RATE, SAMPLE_RATE, write_mp4
-from pe_av.media.decode import MediaError, read_audio
-from pe_av.media.processor import resample
+from pe_av.media.audio import read_audio, resample
+from pe_av.media.tracks import MediaError
 
 VERSION = 1  # of what is rendered
 SIDE = 96  # pixels

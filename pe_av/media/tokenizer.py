@@ -1,4 +1,4 @@
-"""Tokenizers: a checkpoint's own, or a byte-level BPE made from a training set's captions, for random weights."""
+"""Tokenizers: reading a checkpoint's own, and training a byte-level BPE for a model with random weights."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,10 +9,13 @@ SPECIAL = ["[PAD]", "[CLS]", "[SEP]"]  # ids 0, 1, 2
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A tokenizer that can write any text, and the captions' own words shortest; it adds [CLS] … [SEP].
+    """A byte-level BPE tokenizer, which can encode any text. It puts [CLS] before and [SEP] after.
 
     Args:
-        vocab_size: the most tokens it may have; at least 259, the 256 bytes and three special tokens.
+        captions: the text to learn merges from.
+        vocab_size: upper limit of the vocabulary; at least 259, for the 256 bytes and three special tokens.
+    Raises:
+        ValueError: `vocab_size` is too small.
     """
     if vocab_size < 256 + len(SPECIAL):
         raise ValueError(f"vocab_size={vocab_size} cannot hold the 256 bytes and {len(SPECIAL)} special tokens")
@@ -37,7 +40,7 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     """The `tokenizer.json` in the folder `path`, or beside the file `path`.
 
     Raises:
-        ValueError: there is none, or it is no tokenizer.
+        ValueError: there is none, or it is not a tokenizer.
     """
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     file = folder / "tokenizer.json"

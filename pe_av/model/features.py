@@ -24,7 +24,7 @@ class Features:
     def select(self, rows: Tensor, chosen: Tensor) -> "Features":
         """The features of the clips `chosen`, where entry i of these features belongs to clip `rows[i]` (ascending).
 
-        With no clip chosen, the first entry is returned, so that whatever runs next still has an input.
+        With no clip chosen, the first entry is returned, so that the fusion still has an input to run on.
         """
         index = torch.searchsorted(rows, chosen) if len(chosen) else rows.new_zeros(1)
         mask = None if self.mask is None else self.mask[index]
