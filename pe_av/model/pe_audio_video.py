@@ -113,7 +113,7 @@ class PEAudioVideo(nn.Module):
 
         features = {"text": self._text_features(inputs)} if input_ids is not None else {}
         features |= self._media_features(inputs)
-        if self.fusion is not None and {"audio", "video"} <= features.keys():
+        if self.fusion is not None and "audio" in features and "video" in features:
             features["audio_video"] = self._fuse(features["audio"], features["video"])
         # the text is embedded only for what it can be compared with here
         heads = [name for name in self.heads if name.removeprefix("text_") in features or not name.startswith("text_")]
