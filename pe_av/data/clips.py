@@ -4,7 +4,8 @@ from typing import Any
 
 from pe_av.config import ConfigError, DataConfig
 from pe_av.data.demo import prepare_demo
-from pe_av.data.manifest import CAPTION_COLUMNS, Clip, Manifest, read_manifest
+from pe_av.data.manifest import Clip, Manifest, read_manifest
+from pe_av.data.manifest_formats import CAPTION_COLUMNS
 from pe_av.data.stamps import prepare_stamps
 from pe_av.media.decode import MediaError, MissingTrackError
 from pe_av.media.processor import Processor

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pe_av.config import ConfigError
-from pe_av.data.manifest import SURROGATE, jsonl_rows
+from pe_av.data.manifest_formats import SURROGATE, jsonl_rows
 from pe_av.media.processor import Processor
 
 
