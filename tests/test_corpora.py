@@ -582,7 +582,7 @@ def test_a_recipe_finds_what_is_there_and_reports_what_is_not(make, tmp_path, ca
 
 
 def test_a_recipe_says_what_it_lacks(tmp_path):
-    with pytest.raises(ConfigError, match="train.csv: no such file; what the corpus must look like"):
+    with pytest.raises(ConfigError, match="train.csv: no such file; configs/data says what the folder"):
         make_manifest("audiocaps", tmp_path)
     write(tmp_path, "train.csv", "id,text\n1,a\n")
     with pytest.raises(ConfigError, match="train.csv: has no column youtube_id; it has id, text"):
@@ -590,7 +590,7 @@ def test_a_recipe_says_what_it_lacks(tmp_path):
     audiocaps(tmp_path / "other")
     for path in (tmp_path / "other").rglob("*_*"):
         path.unlink()
-    with pytest.raises(ConfigError, match="none of the 4 clips of audiocaps is there; the first would be train/"):
+    with pytest.raises(ConfigError, match="none of the 4 clips of audiocaps exists; the first would be train/"):
         make_manifest("audiocaps", tmp_path / "other")
     with pytest.raises(ConfigError, match="esc-50 is no recipe"):
         make_manifest("esc-50", tmp_path)
