@@ -323,7 +323,7 @@ def test_a_cache_of_other_weights_is_refused(cached, tmp_path):
     after = build_model(small_config())
     after.audio.codec.load_state_dict(model.audio.codec.state_dict())
     after.video.vision.load_state_dict(model.video.vision.state_dict())
-    assert FeatureCache(folder, after, 30.0).parts == ["codec", "frames"]
+    assert FeatureCache(folder, after, 30.0).encoders == ["codec", "frames"]
     with pytest.raises(ConfigError, match="no features there"):
         FeatureCache(tmp_path, model, 30.0)
 
