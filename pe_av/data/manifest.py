@@ -12,8 +12,9 @@ column is ignored:
     id, split                 its name (by default its path), and the split of the corpus that it belongs to
 
 Relative paths start from the manifest's own folder. `SHARD.tar#OFFSET+SIZE` is a file inside a tar (data/shards.py).
-A clip may have no audio, no video or no caption, but needs two of the three. Rows that were written here and have one
-are accepted too, if they say what the clip `lacks` or what its `problem` is: training lists such a clip and goes on.
+A clip may have no audio, no video or no caption, but needs two of the three. A row with only one of them is accepted
+if it says what the clip `lacks` or what its `problem` is, as the rows do that are written here: training lists such a
+clip and goes on.
 
     python -m pe_av.data.manifest IN OUT    converts a manifest to another format, and looks into every file for its
                                             length and for missing tracks
@@ -105,6 +106,7 @@ class Manifest(Sequence[Clip]):
 
     @classmethod
     def of(cls, clips: Iterable[Clip], folder: str | Path = ".") -> "Manifest":
+        """A manifest in memory; relative paths of the clips start from `folder`."""
         return cls(pa.Table.from_batches(to_batches(_values(clip) for clip in clips), SCHEMA), folder)
 
     def __len__(self) -> int:
@@ -292,17 +294,17 @@ def measured(clip: Clip) -> Clip:
     the clip keeps it: decoding will give the reason.
     """
     missing, lengths = [], []
-    for name in ("audio", "video"):
-        source = getattr(clip, name)
+    for modality in ("audio", "video"):
+        source = getattr(clip, modality)
         if source is None:
             continue
         try:
             tracks = probe(source)
         except MediaError:
             continue
-        if name not in tracks:
-            missing.append(name)
-        elif (length := tracks[name]) is not None:
+        if modality not in tracks:
+            missing.append(modality)
+        elif (length := tracks[modality]) is not None:
             lengths.append(max(min(length, clip.end or length) - clip.start, 0.0))
     result = replace(clip, **dict.fromkeys(missing), seconds=max(lengths, default=clip.seconds))
     if result.audio is None and result.video is None:

@@ -247,7 +247,7 @@ def write_rows(path: Path, rows: Callable[[], Iterator[dict[str, Any]]], columns
 
     Args:
         rows: called once or twice, gives the rows, without empty values.
-        columns: the columns of `SCHEMA` that a Parquet file shall have.
+        columns: the columns of `SCHEMA` that a Parquet file gets.
     Raises:
         ConfigError: the file cannot be written there, or its format cannot hold what a row has.
     """

@@ -126,7 +126,8 @@ def make_manifest(name: str, root: str | Path) -> tuple[Manifest, dict[str, str]
     folders: dict[str, dict[str, str]] = {}
     clips, missing = [], {}
     for clip in RECIPES[name](root):
-        files = {track: _find(root, stem, folders) for track in ("audio", "video") if (stem := getattr(clip, track))}
+        stems = {modality: stem for modality in ("audio", "video") if (stem := getattr(clip, modality))}
+        files = {modality: _find(root, stem, folders) for modality, stem in stems.items()}
         if None in files.values():
             missing[clip.id] = clip.video or clip.audio
         else:
