@@ -43,6 +43,7 @@ FEATURES = {"codec": "codec_features", "frames": "frame_features"}  # encoder ->
 SOURCES = {"codec": "audio", "frames": "video"}  # encoder -> the file of a clip that it reads
 NOTES = ("error", "partial")  # what an item says about itself
 SHARD_CLIPS = 256  # clips per file, and the most that an interruption costs
+TIME_LIMIT = 60.0  # seconds in which a worker must have read a clip
 FORMAT = "2"
 
 State = list[list[int] | None]  # of each file of a clip: size, and time of change in ns; None: no such file
@@ -138,7 +139,6 @@ def write_cache(
     encoders: Sequence[str] = tuple(FEATURES),
     max_seconds: float = 30.0,
     num_workers: int = 2,
-    time_limit: float = 60.0,
 ) -> int:
     """Compute the features that are not in the folder yet.
 
@@ -169,7 +169,7 @@ def write_cache(
             states[name] = state
             rows.setdefault(name, row)
     clips = (manifest[row] for row in rows.values())
-    items = _features(model, processor, clips, len(rows), encoders, max_seconds, num_workers, time_limit)
+    items = _features(model, processor, clips, len(rows), encoders, max_seconds, num_workers)
     pairs = zip(rows, items, strict=True)
     while shard := dict(islice(pairs, SHARD_CLIPS)):
         _write_shard(folder / f"{number:06d}.safetensors", made_by, {name: states[name] for name in shard}, shard)
@@ -233,13 +233,12 @@ def _features(
     encoders: Sequence[str],
     max_seconds: float,
     num_workers: int,
-    time_limit: float,
 ) -> Iterator[dict[str, Any]]:
     """The features and notes of every clip; computed one by one, so that nothing depends on a clip's neighbours."""
     device = next(model.parameters()).device
     unused = {source: None for encoder, source in SOURCES.items() if encoder not in encoders}
     bare = (replace(clip, captions={}, problem=None, lacks=None, **unused) for clip in clips)
-    items = read_all(bare, ClipReader(processor, max_seconds), num_workers, time_limit)
+    items = read_all(bare, ClipReader(processor, max_seconds), num_workers, TIME_LIMIT)
     for item in track(items, "computing features", total=total, console=Console(stderr=True)):
         features = {note: item[note] for note in NOTES if note in item}
         if "waveform" in item:

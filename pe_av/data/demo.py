@@ -4,7 +4,6 @@ The evaluation clips differ pairwise in what is heard, so each can be told from 
 and by its caption. No combination of the six attributes is both trained and evaluated on.
 """
 
-import json
 import os
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from pe_av.data.demo_scenes import (
     render_audio,
     render_frames,
 )
-from pe_av.data.rendering import finished_folder, render_all, write_mp4
+from pe_av.data.rendering import finished_folder, render_all, write_manifest, write_mp4
 
 WORLD_VERSION = 2  # part of the folder's name; raise it with every change of what is rendered
 
@@ -50,8 +49,8 @@ def prepare_demo(config: DemoConfig) -> tuple[Path, Path]:
         workers = min(os.cpu_count() or 1, 1 + len(jobs) // 64)
         render_all(_render_clip, jobs, "rendering the demo world", workers)
         for name, scenes in splits.items():
-            lines = [json.dumps(_entry(name, i, scene)) + "\n" for i, scene in enumerate(scenes)]
-            (unfinished / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+            entries = (_entry(name, i, scene) for i, scene in enumerate(scenes))
+            write_manifest(unfinished / f"{name}.jsonl", entries)
     return manifests
 
 

@@ -1,9 +1,10 @@
 """What the corpora that are rendered on first use share: their folder, the processes that render, and the files."""
 
+import json
 import multiprocessing
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from fractions import Fraction
@@ -50,6 +51,11 @@ def render_all(render: Callable[[Any], Any], jobs: Sequence[Any], title: str, wo
         except BaseException:
             pool.shutdown(cancel_futures=True)  # leaving the block would first wait for every job
             raise
+
+
+def write_manifest(path: Path, entries: Iterable[dict[str, Any]]) -> None:
+    """Write the rows of a manifest as JSONL."""
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
 
 
 def write_mp4(path: Path, audio: NDArray[np.float32], frames: NDArray[np.uint8] | None = None) -> None:

@@ -4,10 +4,10 @@ The sound that is asked for lasts 1.6 of the 6.4 s; the other one differs in sha
 recordings ask for combinations of shape, size, motion, tempo and place that training never asks for.
 """
 
-import json
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from rich.progress import track
 
 from pe_av.config import SpanDemoConfig
 from pe_av.data.demo_scenes import ATTRIBUTES, MOTIONS, NUM_SAMPLES, PLACES, Scene, render_audio
-from pe_av.data.rendering import SAMPLE_RATE, finished_folder, write_mp4
+from pe_av.data.rendering import SAMPLE_RATE, finished_folder, write_manifest, write_mp4
 
 WORLD_VERSION = 1  # part of the folder's name; raise it with every change of what is rendered
 LENGTH = 4 * NUM_SAMPLES  # 6.4 s
@@ -42,7 +42,7 @@ def prepare_span_demo(config: SpanDemoConfig) -> tuple[Path, Path]:
     targets = {"train": (config.train_clips, order[held_out:]), "eval": (config.eval_clips, order[:held_out])}
     jobs = [(split, i, int(of[i % len(of)])) for split, (count, of) in targets.items() for i in range(count)]
     with finished_folder(folder) as unfinished:
-        lines: dict[str, list[str]] = {split: [] for split in targets}
+        entries: dict[str, list[dict[str, Any]]] = {split: [] for split in targets}
         for split in targets:
             (unfinished / split).mkdir()
         for split, number, combination in track(jobs, "rendering the frame demo", console=Console(stderr=True)):
@@ -51,9 +51,9 @@ def prepare_span_demo(config: SpanDemoConfig) -> tuple[Path, Path]:
             write_mp4(unfinished / path, audio)
             span = [round(start / SAMPLE_RATE, 3), round((start + NUM_SAMPLES) / SAMPLE_RATE, 3)]
             entry = {"path": path, "caption": caption(target), "spans": [span], "other": caption(other)}
-            lines[split].append(json.dumps(entry) + "\n")
-        for split, entries in lines.items():
-            (unfinished / f"{split}.jsonl").write_text("".join(entries), encoding="utf-8")
+            entries[split].append(entry)
+        for split in targets:
+            write_manifest(unfinished / f"{split}.jsonl", entries[split])
     return manifests
 
 

@@ -10,7 +10,6 @@ with the caption in that language. The split is by picture, so no picture is bot
 """
 
 import hashlib
-import json
 import os
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from torchvision.io import ImageReadMode, decode_image
 
 from pe_av.config import ConfigError, StampsConfig
-from pe_av.data.rendering import FRAME_RATE, SAMPLE_RATE, finished_folder, render_all, write_mp4
+from pe_av.data.rendering import FRAME_RATE, SAMPLE_RATE, finished_folder, render_all, write_manifest, write_mp4
 from pe_av.media.decode import MediaError, read_audio
 from pe_av.media.processor import resample
 
@@ -56,12 +55,12 @@ def prepare_stamps(config: StampsConfig) -> tuple[Path, Path]:
         jobs = [(row, unfinished / "clips" / f"{number:05d}.mp4") for number, row in enumerate(rows)]
         rendered = render_all(_render, jobs, "rendering the stamps", os.cpu_count() or 1)
         for split in ("train", "eval"):
-            lines = [
-                json.dumps({"id": row["id"], "path": f"clips/{path.name}", "caption": row["caption"]}) + "\n"
-                for (row, path), is_there in zip(jobs, rendered, strict=True)
-                if is_there and row["split"] == split
-            ]
-            (unfinished / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+            entries = (
+                {"id": row["id"], "path": f"clips/{path.name}", "caption": row["caption"]}
+                for (row, path), is_rendered in zip(jobs, rendered, strict=True)
+                if is_rendered and row["split"] == split
+            )
+            write_manifest(unfinished / f"{split}.jsonl", entries)
     return manifests
 
 
