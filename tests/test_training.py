@@ -186,7 +186,7 @@ def test_the_limit_is_on_what_was_read_and_not_on_what_there_is(tmp_path: Path):
         ('{"path": 3, "caption": "x"}', ':1: no text under "path"'),
         ('{"path": "a", "caption": [1]}', ':1: no text under "caption"'),
         ('{"path": "a", "caption": "x", "start": 3, "end": 2}', ":1: end=2 is not after start=3"),
-        ('{"path": "a", "caption": "x"}\n{"path": "a", "caption": "y"}', "1 ids stand more than once"),
+        ('{"path": "a", "caption": "x"}\n{"path": "a", "caption": "y"}', "1 repeated ids"),
     ],
 )
 def test_a_manifest_that_is_none_is_refused(text: str, message: str, tmp_path: Path):

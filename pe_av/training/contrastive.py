@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pe_av.config import HEADS, PAIRINGS, ConfigError, Pairing, TrainConfig
 from pe_av.data.clips import open_manifest
-from pe_av.data.manifest import Manifest
+from pe_av.data.manifest import Manifest, Modality
 from pe_av.evaluation.embed import EmbeddedClips, Embedder, embed_clips
 from pe_av.evaluation.metrics import DIRECTIONS, evaluate_embeddings, public_name
 from pe_av.evaluation.report import plot_similarity, print_table, write_metrics
@@ -211,7 +211,7 @@ def trainable_pairings(pairings: Sequence[Pairing], clips: Manifest, console: Co
         ConfigError: none with a weight is left.
     """
     modalities, kinds = clips.modalities(), clips.kinds()
-    media = {"audio": modalities & 4 > 0, "video": modalities & 2 > 0}
+    media = {"audio": modalities & Modality.AUDIO > 0, "video": modalities & Modality.VIDEO > 0}
     kept, left_out = [], []
     for pairing in pairings:
         rows = np.ones(len(modalities), dtype=bool)
@@ -222,7 +222,7 @@ def trainable_pairings(pairings: Sequence[Pairing], clips: Manifest, console: Co
                 rows &= _told(side, pairing.caption, kinds)
         (kept if rows.sum() >= 2 else left_out).append(pairing)
     if not any(pairing.weight for pairing in kept):
-        has = [name for name, flags in (media | {"captions": modalities & 1 > 0}).items() if flags.any()]
+        has = [name for name, flags in (media | {"captions": modalities & Modality.TEXT > 0}).items() if flags.any()]
         raise ConfigError(
             f"loss: none of {', '.join(p.name for p in pairings if p.weight)} can be trained: the clips have "
             f"{' and '.join(has)}, and no two clips both sides of one; give such clips, or other pairings or weights"
