@@ -28,7 +28,7 @@ from pe_av.data.manifest import Clip, Manifest, check_row, main, read_manifest
 from pe_av.loading.bad_items import BadItems
 from pe_av.loading.batch import Collate
 from pe_av.loading.loader import Loader
-from pe_av.loading.order import BatchSampler
+from pe_av.loading.sampler import BatchSampler
 from pe_av.media.processor import Processor
 
 

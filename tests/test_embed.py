@@ -9,9 +9,9 @@ from test_processor import make_tokenizer
 from torch import Tensor
 
 from pe_av.config import HEADS
-from pe_av.evaluation.embed import Embedder, embed_clips
+from pe_av.evaluation.embedder import Embedder, embed_clips
 from pe_av.loading.batch import Collate
-from pe_av.loading.micro_batch import EMPTY_PART, runs_of, split_batch, with_runs
+from pe_av.loading.split import EMPTY_MICRO_BATCH, runs_of, split_batch, with_runs
 from pe_av.media.processor import Processor
 from pe_av.model.pe_audio_video import PEAudioVideo
 from pe_av.training.microbatch import joined
@@ -99,7 +99,7 @@ def test_a_rank_without_clips_runs_what_others_run(model: PEAudioVideo):
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     part_of_others = part
-    full, nothing = gradients(part), gradients(EMPTY_PART)
+    full, nothing = gradients(part), gradients(EMPTY_MICRO_BATCH)
     only_sound = gradients(
         {
             "inputs": {n: batch[n] for n in ("input_values", "padding_mask")},

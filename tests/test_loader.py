@@ -14,17 +14,19 @@ import tracemalloc
 from collections import Counter
 from concurrent.futures import CancelledError
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from batches import take, take_on_ranks
 
 from pe_av.config import ConfigError
 from pe_av.data.manifest import Clip
 from pe_av.loading.loader import Loader, crop
-from pe_av.loading.order import WINDOW, BatchSampler
-from pe_av.workers import read_all, start_pool
+from pe_av.loading.sampler import WINDOW, BatchSampler
+from pe_av.workers import Pool, read_all
 
 ROOT = Path(__file__).parent.parent
 
@@ -310,7 +312,7 @@ def open_files() -> int:
 
 
 def test_a_pool_outlives_its_workers_and_leaks_nothing():
-    pool = start_pool(read, 2)
+    pool = Pool(read, 2)
 
     def outcomes(*names: str) -> list[str]:
         items = [pool.read(clip, 20) for clip in clips(*names)]
@@ -356,9 +358,9 @@ END = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from test_loader import clips, read
-from pe_av.workers import start_pool
+from pe_av.workers import Pool
 if __name__ == "__main__":
-    pool = start_pool(read, 2)
+    pool = Pool(read, 2)
     pool.read(clips("ok:1")[0]).result()
     for clip in clips("hang:1", "hang:2", "hang:3"):
         pool.read(clip)
@@ -429,73 +431,54 @@ def make(workers: int = 0, rank: int = 0, world: int = 1, size: int = 103, **how
     return Loader(clips(*[f"ok:{i}" for i in range(size)]), read, sampler, together, workers, 30)
 
 
-def stream(loader: Loader, batches: int) -> list[list[str]]:
-    ids = []
-    while len(ids) < batches:
-        for batch in loader:
-            ids.append(batch["ids"])
-            if len(ids) == batches:
-                break
-    return ids
-
-
 @pytest.mark.parametrize("tokens", [None, 4800])
 def test_any_state_goes_on_after_it(tokens):
-    whole = stream(make(max_tokens=tokens), 45)  # two epochs and a half
+    whole = take(make(max_tokens=tokens), 45, "ids")  # two epochs and a half
     for stop in (0, 1, 16, 17, 18, 30, 44):
         first = make(max_tokens=tokens)
-        assert stream(first, stop) == whole[:stop]
+        assert take(first, stop, "ids") == whole[:stop]
         state = json.loads(json.dumps(first.state_dict()))
         second = make(max_tokens=tokens)
         second.load_state_dict(state)
-        assert stream(second, 45 - stop) == whole[stop:]
+        assert take(second, 45 - stop, "ids") == whole[stop:]
 
 
 @pytest.mark.parametrize("tokens", [None, 4800])
 def test_a_state_goes_on_with_another_number_of_ranks(tokens):
-    whole = stream(make(max_tokens=tokens), 45)
+    whole = take(make(max_tokens=tokens), 45, "ids")
     seen: list[list[str]] = []
     state = make(max_tokens=tokens).state_dict()
     for world, batches in ((1, 10), (2, 13), (3, 22)):
-        ranks = [make(rank=rank, world=world, max_tokens=tokens) for rank in range(world)]
-        for loader in ranks:
-            loader.load_state_dict(state)
-        seen += [sum(step, []) for step in zip(*[stream(loader, batches) for loader in ranks], strict=True)]
+        ranks, ids = take_on_ranks(partial(make, 0, max_tokens=tokens), world, state, batches, "ids")
+        seen += ids
         assert all(loader.state_dict() == ranks[0].state_dict() for loader in ranks)
         state = json.loads(json.dumps(ranks[-1].state_dict()))
-    assert [sorted(ids) for ids in seen] == [sorted(ids) for ids in whole]
+    assert seen == [sorted(ids) for ids in whole]
 
 
-def test_batches_bear_their_number():
-    loader = make()
-    assert [batch["number"] for batch in loader] == list(range(17))
-    assert next(iter(loader))["number"] == 0  # of the next epoch
-    found = []
-    for rank in range(2):  # without shuffling, whole batches
-        sampler = BatchSampler(17, 4, rank=rank, world=2)
-        found += [
-            (b["number"], b["ids"]) for b in Loader(clips(*[f"ok:{i}" for i in range(17)]), read, sampler, together)
-        ]
-    assert sorted(found) == [(b, [f"ok:{i}" for i in range(4 * b, min(4 * b + 4, 17))]) for b in range(6)]
+def test_without_shuffling_batch_b_of_rank_r_is_number_b_times_ranks_plus_r():
+    given = clips(*[f"ok:{i}" for i in range(17)])
+    ranks = [Loader(given, read, BatchSampler(17, 4, rank=rank, world=2), together) for rank in range(2)]
+    ids = [batch["ids"] for turn in zip(*ranks, strict=True) for batch in turn]
+    assert ids == [[f"ok:{i}" for i in range(4 * b, min(4 * b + 4, 17))] for b in range(6)]
+    assert [(loader.epoch, loader.position) for loader in ranks] == [(1, 0)] * 2
 
 
 def test_the_state_of_another_stream_is_refused():
     state = make().state_dict()
-    with pytest.raises(
-        ConfigError, match="the clips have other names, or another order; use the manifest that the run"
-    ):
+    with pytest.raises(ConfigError, match="the clips have other ids or another order; use the manifest that the run"):
         make().load_state_dict(state | {"names": "others"})
-    with pytest.raises(ConfigError, match="the checksum of the clips' lengths, and of what they have, was"):
+    with pytest.raises(ConfigError, match="the checksum of the lengths and modalities of the clips was"):
         make().load_state_dict(state | {"sorting": "others"})
     with pytest.raises(ConfigError, match="the number of clips was 103, now 104"):
         make(size=104).load_state_dict(state)
     with pytest.raises(ConfigError, match="the seed was 4, now 3"):
         make().load_state_dict(state | {"seed": 4})
-    with pytest.raises(ConfigError, match="the rows of a batch over all ranks was 12, now 6"):
+    with pytest.raises(ConfigError, match="the number of rows of a batch over all ranks was 12, now 6"):
         make().load_state_dict(state | {"rows": 12})
-    with pytest.raises(ConfigError, match="the tokens of a batch over all ranks was 4800, now 9600"):
+    with pytest.raises(ConfigError, match="the token budget of a batch over all ranks was 4800, now 9600"):
         make(max_tokens=9600).load_state_dict(make(max_tokens=4800).state_dict())
-    with pytest.raises(ConfigError, match="the rows of a batch over all ranks was 6, now None"):
+    with pytest.raises(ConfigError, match="the number of rows of a batch over all ranks was 6, now None"):
         make(max_tokens=9600).load_state_dict(state)
 
 
@@ -545,7 +528,7 @@ def kill_and_resume(folder: Path, chance: random.Random, world: int, workers: tu
         process.wait()
     for process in start(workers[1]):
         assert process.wait(timeout=120) == 0
-    whole = stream(make(0, 0, 1), batches)
+    whole = take(make(), batches, "ids")
     seen: list[list[str]] = [[] for _ in range(batches)]
     for rank in range(world):
         # the last word on a step counts: one after which no state was written yet is repeated, and must be the same

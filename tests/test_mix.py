@@ -3,16 +3,18 @@
 import json
 from collections import Counter
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from batches import take, take_on_ranks
 
 from pe_av.config import ConfigError, MixConfig
 from pe_av.data.manifest import Clip, Manifest
 from pe_av.data.mix import MixedManifest, Mixture, read_mix
 from pe_av.loading.loader import Loader
-from pe_av.loading.order import BatchSampler
+from pe_av.loading.sampler import BatchSampler
 
 
 def manifest(name: str, count: int, seconds: float | None = 5.0, kind: str | None = None) -> Manifest:
@@ -177,28 +179,15 @@ def loader(rank: int = 0, world: int = 1, weights: tuple[float, ...] = (1, 2, 3)
     return Loader(clips, read, plan, together, crop_seconds=2.0)
 
 
-def stream(loader: Loader, batches: int) -> list[list[tuple]]:
-    found = []
-    while len(found) < batches:
-        for batch in loader:
-            found.append(batch["rows"])
-            if len(found) == batches:
-                break
-    return found
-
-
 @pytest.mark.parametrize("tokens", [None, 600])
 def test_any_state_goes_on_after_it_with_any_number_of_ranks(tokens):
-    whole = stream(loader(max_tokens=tokens), 130)  # almost three epochs
+    whole = take(loader(max_tokens=tokens), 130, "rows")  # almost three epochs
     for world, stop in ((1, 1), (2, 44), (3, 60), (1, 129)):
         first = loader(max_tokens=tokens)
-        assert stream(first, stop) == whole[:stop]
+        assert take(first, stop, "rows") == whole[:stop]
         state = json.loads(json.dumps(first.state_dict()))
-        ranks = [loader(rank, world, max_tokens=tokens) for rank in range(world)]
-        for one in ranks:
-            one.load_state_dict(state)
-        steps = zip(*[stream(one, 130 - stop) for one in ranks], strict=True)
-        assert [sorted(sum(step, [])) for step in steps] == [sorted(rows) for rows in whole[stop:]]
+        _, seen = take_on_ranks(partial(loader, max_tokens=tokens), world, state, 130 - stop, "rows")
+        assert seen == [sorted(rows) for rows in whole[stop:]]
 
 
 def test_an_epoch_has_as_many_batches_as_it_says():

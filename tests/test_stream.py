@@ -27,10 +27,10 @@ from test_media import write_audio, write_wav
 from test_processor import make_config, make_tokenizer
 
 from pe_av.config import ConfigError
+from pe_av.data import remote
 from pe_av.data.clips import ClipReader
 from pe_av.data.manifest import Clip
 from pe_av.data.remote import first_samples, read_shard, shard_urls
-from pe_av.loading import stream
 from pe_av.loading.batch import Collate
 from pe_av.loading.stream import StreamLoader
 from pe_av.media.processor import Processor
@@ -64,7 +64,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(stream, "PAUSES", (0.01, 0.02, 0.04, 0.08))
+    monkeypatch.setattr(remote, "PAUSES", (0.01, 0.02, 0.04, 0.08))
 
 
 def read(clip: Clip) -> dict:
@@ -167,7 +167,7 @@ def s3(folder, monkeypatch) -> Iterator:
 
 
 def test_every_place_gives_what_webdataset_reads(folder, serve, s3, monkeypatch):
-    monkeypatch.setattr(stream, "BLOCK", 10_000)  # a shard takes several
+    monkeypatch.setattr(remote, "BLOCK", 10_000)  # a shard takes several
     http, last = serve(), f"{SHARDS - 1:03d}"
     places = [
         [str(folder / f"{shard:03d}.tar") for shard in range(SHARDS)],
@@ -256,7 +256,7 @@ def test_a_window_is_all_that_is_held_and_shuffles_well(folder, monkeypatch):
         alive = [0]
         most = [0]
 
-        class Counted(stream.Sample):
+        class Counted(remote.Sample):
             def __init__(self, *args, alive=alive, most=most):
                 super().__init__(*args)
                 alive[0] += 1
@@ -266,7 +266,7 @@ def test_a_window_is_all_that_is_held_and_shuffles_well(folder, monkeypatch):
                 alive[0] -= 1
 
         with monkeypatch.context() as patch:
-            patch.setattr(stream, "Sample", Counted)
+            patch.setattr(remote, "Sample", Counted)
             found = values(load(f"{folder}/*.tar", total, batch_size=1, shuffle_shards=False, shuffle_window=window))
         place = {value: at for at, value in enumerate(in_order(sorted(map(str, folder.glob("*.tar")))))}
         moved = np.array([at - place[value] for at, value in enumerate(found)])
@@ -330,9 +330,9 @@ def test_little_is_read_again(folder, monkeypatch):
         def close(self):
             self.file.close()
 
-    usual = stream._open
-    monkeypatch.setattr(stream, "_open", lambda url, at: Counted(usual(url, at)))
-    monkeypatch.setattr(stream, "BUFFER", 2048)
+    usual = remote._open
+    monkeypatch.setattr(remote, "_open", lambda url, at: Counted(usual(url, at)))
+    monkeypatch.setattr(remote, "BUFFER", 2048)
     size = (folder / "000.tar").stat().st_size / SAMPLES  # bytes of a sample, about
     for stop in range(79):
         opened.clear()
@@ -354,13 +354,13 @@ def test_the_state_of_another_stream_is_refused(folder):
         ({"seed": 4}, "the seed was 3, now 4"),
         ({"shuffle_shards": False}, "the setting of shuffle_shards was True, now False"),
     ):
-        with pytest.raises(ConfigError, match=f"cannot go on where the data stopped: {message}"):
+        with pytest.raises(ConfigError, match=f"the data cannot be resumed: {message}"):
             load(f"{folder}/*.tar", 1, state, **how)
     with pytest.raises(ConfigError, match="the number of shards was 7, now 3"):
         load(f"{folder}/{{000..002}}.tar", 1, state)
     with pytest.raises(ConfigError, match="the checksum of the shards' names was"):
         load([f"{folder}/{{000..005}}.tar", f"{folder}/000.tar"], 1, state)
-    with pytest.raises(ConfigError, match="that was no stream of shards"):
+    with pytest.raises(ConfigError, match=r"the state is not of a stream of shards, as it has no names"):
         load(f"{folder}/*.tar", 1, {"epoch": 0, "batch": 3, "clips": 7, "seed": 3, "rows": 4})
     signed = [[f"{folder}/00{i}.tar?signature={which}" for i in range(3)] for which in "ab"]
     assert len({StreamLoader(urls, read, together, 2).state_dict()["names"] for urls in signed}) == 1
@@ -445,7 +445,7 @@ def test_a_torn_shard_costs_only_what_it_lost(folder, tmp_path):
         assert found[-1] == {"id": str(path), "error": f"{path}: the tar ends early, after {cut:,} bytes"} or (
             cut and "end" in found[-1]["error"]
         )
-    assert all(isinstance(sample, stream.Sample) for sample in read_shard(str(folder / "000.tar")))
+    assert all(isinstance(sample, remote.Sample) for sample in read_shard(str(folder / "000.tar")))
 
 
 def test_a_damaged_header_in_the_middle_is_not_taken_for_the_end(folder, tmp_path):
@@ -471,7 +471,7 @@ def test_shards_that_fail_are_told_of_and_the_stream_goes_on(folder, tmp_path):
     assert "the tar ends early, after" in reasons[urls[2]] or "unexpected end" in reasons[urls[2]]
     assert reasons[urls[3]] == f"{urls[3]}: the command ended with exit status 1"
     assert all(len(batch["values"]) == 4 for batch in found)
-    there = [s.name.split("#")[1] for s in read_shard(urls[2]) if isinstance(s, stream.Sample)]
+    there = [s.name.split("#")[1] for s in read_shard(urls[2]) if isinstance(s, remote.Sample)]
     assert 0 < len(there) < SAMPLES
     epoch = 3 * SAMPLES + len(there)
     assert sorted(values(found)[:epoch]) == sorted(in_order([f"{folder}/00{i}.tar" for i in range(3)]) + there)
@@ -507,7 +507,9 @@ def test_no_shard_at_all_ends_with_the_first_reason(folder, tmp_path):
             load(f"{tmp_path}/empty.tar", 1, num_workers=workers)
     with pytest.raises(ConfigError, match=r"/nowhere/\*.tar: no such shards"):
         load("/nowhere/*.tar", 1)
-    with pytest.raises(ConfigError, match="7 shards for 8 ranks, of which each needs its own: pack smaller shards"):
+    with pytest.raises(
+        ConfigError, match="7 shards are too few for 8 ranks, as each needs one of its own: pack smaller shards"
+    ):
         load(f"{folder}/*.tar", 1, world=8)
     with pytest.raises(ConfigError, match="the braces do not match; a range is {000..127}"):
         shard_urls("s3://b/{000..127.tar")
@@ -576,7 +578,7 @@ def test_closing_does_not_wait_for_a_server(folder, serve, monkeypatch):
 
         do_HEAD = do_GET
 
-    monkeypatch.setattr(stream, "PAUSES", (1000.0,))
+    monkeypatch.setattr(remote, "PAUSES", (1000.0,))
     for urls in (f"{serve(Broken)}/{{000..003}}.tar", f"{folder}/*.tar"):
         how = dict(num_workers=1, shuffle_window=10**9)  # which no epoch fills, so that there is always more to read
         loader = StreamLoader(urls, read, together, 10**6, **how)
@@ -608,7 +610,7 @@ def test_a_server_that_stays_silent_is_given_up_after_growing_pauses(folder, ser
 
     http = serve(Broken)
     [error] = list(read_shard(f"{http}/001.tar", stop=Stop()))
-    assert waited == list(stream.PAUSES) and sorted(waited) == waited and len(set(waited)) == len(waited)
+    assert waited == list(remote.PAUSES) and sorted(waited) == waited and len(set(waited)) == len(waited)
     assert error["id"] == f"{http}/001.tar" and "500" in error["error"] and "\n" not in error["error"]
     waited.clear()
     [error] = list(read_shard(f"{http}/002.tar", stop=Stop()))
@@ -643,7 +645,7 @@ def test_samples_that_are_none_are_named_and_take_no_row(tmp_path):
             tar.addfile(member, io.BytesIO(content))
     found = load(url, 2, batch_size=3, shuffle_window=1)
     assert [batch["values"] for batch in found] == 2 * [["good", "list", "odd"]]
-    assert next(s for s in read_shard(url) if isinstance(s, stream.Sample) and s.id == "a/odd").clip == Clip(
+    assert next(s for s in read_shard(url) if isinstance(s, remote.Sample) and s.id == "a/odd").clip == Clip(
         "a/odd", "wav", captions={None: ["x"]}, split="3", problem="the caption is not UTF-8"
     )
     reasons = {item["id"]: item["error"] for batch in found for item in batch["bad"]}
