@@ -95,8 +95,8 @@ class Collate:
                 fits = _flags(choice is not None and fits_embedding(choice[0], name, kind) for choice in chosen)
                 valid[name if kind is None else f"{name}@{kind}"] = media[name] & fits
         return {
-            "inputs": self._audio([item for item in clips if _has(item, "audio")])
-            | self._video([item for item in clips if _has(item, "video")]),
+            "inputs": audio_inputs(self.processor, [item for item in clips if _has(item, "audio")])
+            | _video_inputs([item for item in clips if _has(item, "video")]),
             "texts": texts,
             "rows": {name: flags.nonzero().flatten() for name, flags in has.items() if flags.any()},
             "valid": valid,
@@ -106,21 +106,26 @@ class Collate:
             **reading_report(items),
         }
 
-    def _audio(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
-        if not items:
-            return {}
-        if "codec_features" in items[0]:
-            return _features("codec_features", "padding_mask", [item["codec_features"] for item in items])
-        return self.processor.batch_audio([item["waveform"] for item in items])
 
-    def _video(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
-        if not items:
-            return {}
-        if "frame_features" in items[0]:
-            return _features("frame_features", "padding_mask_videos", [item["frame_features"] for item in items])
-        frames = [item["frames"] for item in items]
-        # frames stay bytes, a quarter of the size of floats, until the model scales them on its device
-        return {"pixel_values_videos": pad_sequence(frames, batch_first=True), "padding_mask_videos": mask_of(frames)}
+def audio_inputs(processor: Processor, items: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """The model's inputs of items with audio: `input_values` or `codec_features`, and `padding_mask`; {} of none."""
+    if not items:
+        return {}
+    if "codec_features" in items[0]:
+        features = [item["codec_features"] for item in items]
+        return {"codec_features": pad_sequence(features, batch_first=True).float(), "padding_mask": mask_of(features)}
+    return processor.batch_audio([item["waveform"] for item in items])
+
+
+def _video_inputs(items: list[dict[str, Any]]) -> dict[str, Tensor]:
+    if not items:
+        return {}
+    features = "frame_features" in items[0]
+    rows = [item["frame_features" if features else "frames"] for item in items]
+    values = pad_sequence(rows, batch_first=True)
+    # frames stay bytes, a quarter of the size of floats, until the model scales them on its device
+    inputs = {"frame_features": values.float()} if features else {"pixel_values_videos": values}
+    return inputs | {"padding_mask_videos": mask_of(rows)}
 
 
 def reading_report(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -172,7 +177,3 @@ def _has(item: dict[str, Any], modality: str) -> bool:
 
 def _flags(values: Iterable[bool]) -> Tensor:
     return torch.tensor(list(values), dtype=torch.bool)
-
-
-def _features(name: str, mask_name: str, rows: list[Tensor]) -> dict[str, Tensor]:
-    return {name: pad_sequence(rows, batch_first=True).float(), mask_name: mask_of(rows)}

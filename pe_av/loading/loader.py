@@ -88,8 +88,8 @@ class Loader:
         """
         for key, now in self.sampler.state_dict().items():
             if state.get(key) != now:
-                what, was, now = _changed_set(state, now) if key == "sets" else (_WORDING[key], state.get(key), now)
-                raise ConfigError(f"the data cannot be resumed: the {what} was {was}, now {now}")
+                was, now = (_sets_text(value) if key == "sets" else value for value in (state.get(key), now))
+                raise ConfigError(f"the data cannot be resumed: the {_WORDING[key]} was {was}, now {now}")
         if state.get("names") != self._names_checksum():
             raise ConfigError(
                 "the data cannot be resumed: the clips have other ids or another order; use the manifest that the run "
@@ -158,20 +158,13 @@ _WORDING = {
     "seed": "seed",
     "rows": "number of rows of a batch over all ranks",
     "tokens": "token budget of a batch over all ranks",
+    "sets": "mixture data.mix",
     "sorting": "checksum of the lengths and modalities of the clips",
 }
 
 
-def _changed_set(state: dict[str, Any], now: list[list] | None) -> tuple[str, str, str]:
-    """(what, was, now) of the first data set in which two mixtures differ, or of their order."""
-    before, after = ({name: rest for name, *rest in sets} for sets in (state.get("sets") or [], now or []))
-    for name in before | after:
-        if before.get(name) != after.get(name):
-            was, is_now = (
-                "{} clips with weight {:g}".format(*sets[name]) if name in sets else "none" for sets in (before, after)
-            )
-            return f"set {name} of data.mix", was, is_now
-    return "order of data.mix", ", ".join(before), ", ".join(after)
+def _sets_text(sets: list[list] | None) -> str:
+    return ", ".join("{} ({} clips, weight {:g})".format(*each) for each in sets or []) or "none"
 
 
 def crop(clip: Clip, seconds: float, offset: float) -> Clip:

@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from pe_av.loading.batch import caption_key, reading_report
-from pe_av.media.processor import Processor, mask_of
+from pe_av.loading.batch import audio_inputs, caption_key, reading_report
+from pe_av.media.processor import Processor
 
 
 class SpanCollate:
@@ -27,26 +25,21 @@ class SpanCollate:
 
     def __call__(self, items: Sequence[dict[str, Any]], picks: Sequence[int] | None = None) -> dict[str, Any]:
         clips = [item for item in items if "error" not in item]
-        inputs: dict[str, Tensor] = {}
-        lengths = torch.zeros(0, dtype=torch.int64)
-        if clips and "codec_features" in clips[0]:
-            features = [item["codec_features"] for item in clips]
-            lengths = torch.tensor([len(feature) for feature in features])
-            inputs = {"codec_features": pad_sequence(features, batch_first=True), "padding_mask": mask_of(features)}
-        elif clips:
-            hop = self.processor.config.audio.codec.hop_length
-            lengths = torch.tensor([len(item["waveform"]) // hop for item in clips])
-            inputs = self.processor.batch_audio([item["waveform"] for item in clips])
-        positions = torch.arange(int(lengths.max()) if clips else 0)
+        hop = self.processor.config.audio.codec.hop_length
+        lengths = [
+            len(item["codec_features"]) if "codec_features" in item else len(item["waveform"]) // hop for item in clips
+        ]
+        positions = torch.arange(max(lengths, default=0))
         middle = (positions + 0.5) * self.seconds_per_position
         targets = torch.zeros(len(clips), len(positions), dtype=torch.bool)
         for row, item in enumerate(clips):
             for start, end in item["spans"]:
                 targets[row] |= (start <= middle) & (middle < end)
         return {
-            "inputs": inputs | (self.processor.batch_text([item["caption"] for item in clips]) if clips else {}),
+            "inputs": audio_inputs(self.processor, clips)
+            | (self.processor.batch_text([item["caption"] for item in clips]) if clips else {}),
             "targets": targets,
-            "mask": positions < lengths[:, None],
+            "mask": positions < torch.tensor(lengths, dtype=torch.int64)[:, None],
             "captions": torch.tensor([caption_key(item["caption"]) for item in clips], dtype=torch.int64),
             "ids": [item["id"] for item in clips],
             **reading_report(items),
