@@ -150,8 +150,8 @@ def caption_key(caption: str) -> int:
 def fits_embedding(own: str | None, embedding: str, kind: str | None) -> bool:
     """Whether a caption of kind `own`, standing for `kind`, may be used in an embedding.
 
-    A caption of only what is seen must not be compared with audio, nor one of only what is heard with video. Where the
-    loss asks for a certain kind of caption, it has already decided.
+    Where no kind is asked for, a caption of what is only seen must not be compared with audio, nor a caption of what is
+    only heard with video. Where the loss asks for a kind, every substitute of that kind may be used.
     """
     if kind is not None or own in (None, "audio_visual"):
         return True

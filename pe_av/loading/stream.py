@@ -128,7 +128,7 @@ class StreamLoader:
             "seed": self.seed,
             "shuffle_shards": self.shuffle_shards,
             "shards": len(self.urls),
-            # a signature behind the name changes every time
+            # the signature of a signed URL changes every time
             "names": hashlib.sha256("\n".join(url.split("?")[0] for url in self.urls).encode()).hexdigest(),
         }
 
@@ -178,8 +178,8 @@ class StreamLoader:
 
     def _pick(self, epoch: int, sample: Sample) -> int:
         """A random number that is the same in every process."""
-        parts = repr((self.seed, epoch, sample.name)).encode()
-        return int.from_bytes(hashlib.blake2b(parts, digest_size=4).digest(), "big")
+        key = repr((self.seed, epoch, sample.name)).encode()
+        return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big")
 
     def _plan(self) -> Iterator[_Step]:
         """For each batch its samples, what could not be read since the batch before, and the state after it.
