@@ -32,7 +32,7 @@ from pe_av.data.shards import index, pack
 from pe_av.data.stamps import find_stamps, prepare_stamps
 from pe_av.loading.batch import Collate
 from pe_av.loading.loader import Loader
-from pe_av.loading.order import BatchSampler
+from pe_av.loading.sampler import BatchSampler
 from pe_av.media.processor import Processor
 
 

@@ -29,7 +29,7 @@ from pe_av.data.manifest_formats import check_row
 from pe_av.loading.bad_items import BadItems
 from pe_av.loading.batch import Collate
 from pe_av.loading.loader import Loader
-from pe_av.loading.order import BatchSampler
+from pe_av.loading.sampler import BatchSampler
 from pe_av.media.processor import Processor
 
 

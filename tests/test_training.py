@@ -150,7 +150,7 @@ def test_bad_items_are_counted_once_each(tmp_path: Path):
     bad = BadItems(tmp_path, total=20, max_fraction=0.05)
     for _ in range(3):
         bad.add(5, [{"id": "a", "error": "torn"}], [{"id": str(i), "error": "no audio track"} for i in range(9)])
-    with pytest.raises(ConfigError, match="2 of 20 items read cannot be used, more than max_bad_fraction=0.05"):
+    with pytest.raises(ConfigError, match="2 of 20 items read are damaged, more than max_bad_fraction=0.05"):
         bad.add(5, [{"id": "b", "error": "torn"}])
     assert len((tmp_path / "bad_items.jsonl").read_text().splitlines()) == 2
     assert len((tmp_path / "partial_items.jsonl").read_text().splitlines()) == 9

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from pe_av.config import HEADS, PAIRINGS, ConfigError, Pairing, TrainConfig
 from pe_av.data.clips import open_manifest
 from pe_av.data.manifest import Manifest, Modality
-from pe_av.evaluation.embed import EmbeddedClips, Embedder, embed_clips
+from pe_av.evaluation.embedder import EmbeddedClips, Embedder, embed_clips
 from pe_av.evaluation.metrics import DIRECTIONS, evaluate_embeddings, public_name
 from pe_av.evaluation.report import plot_similarity, print_table, write_metrics
-from pe_av.loading.batch import SUBSTITUTES, tells, text_name
-from pe_av.loading.micro_batch import EMPTY_PART, runs_of, split_batch, with_runs
+from pe_av.loading.batch import SUBSTITUTES, fits_embedding, text_name
+from pe_av.loading.split import EMPTY_MICRO_BATCH, runs_of, split_batch, with_runs
 from pe_av.loss import contrastive_loss
 from pe_av.ranks import rank, world_size
 from pe_av.training.lora import add_adapters
@@ -61,10 +61,10 @@ class Contrastive:
         return split_batch(batch, size)
 
     def runs_of(self, part: dict[str, Any] | None) -> list[str]:
-        return runs_of(part or EMPTY_PART)
+        return runs_of(part or EMPTY_MICRO_BATCH)
 
     def with_runs(self, part: dict[str, Any] | None, runs: list[str]) -> dict[str, Any]:
-        return with_runs(part or EMPTY_PART, runs, self.model.config)
+        return with_runs(part or EMPTY_MICRO_BATCH, runs, self.model.config)
 
     def count(self, batch: dict[str, Any]) -> dict[str, int]:
         """Rows that have both sides, by pairing."""
@@ -238,7 +238,7 @@ def _told(side: str, kind: str | None, kinds: Mapping[str | None, np.ndarray]) -
     told = np.zeros(len(kinds[None]), dtype=bool)
     chosen = np.zeros_like(told)
     for own in SUBSTITUTES[kind]:
-        if tells(own, side, kind):
+        if fits_embedding(own, side, kind):
             told |= kinds[own] & ~chosen
         chosen |= kinds[own]
     return told
