@@ -31,7 +31,7 @@ from pe_av.data.clips import ClipReader
 from pe_av.data.manifest import Clip, Manifest
 from pe_av.loading.batch import Collate
 from pe_av.loading.loader import Loader
-from pe_av.loading.order import BatchSampler
+from pe_av.loading.sampler import BatchSampler
 from pe_av.media.audio import pad_to_hops, resample
 from pe_av.media.processor import Processor
 from pe_av.media.tokenizer import train_tokenizer

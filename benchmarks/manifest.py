@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # this checkout, installe
 
 from pe_av.data.manifest import Clip, read_manifest
 from pe_av.loading.loader import Loader
-from pe_av.loading.order import BatchSampler
+from pe_av.loading.sampler import BatchSampler
 
 MIB, PIECE, WORKERS = 2**20, 100_000, 4
 

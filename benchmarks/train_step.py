@@ -23,7 +23,7 @@ from pe_av import build_model
 from pe_av.config import LossConfig, OptimConfig, ParallelConfig
 from pe_av.config.compose import load_preset
 from pe_av.device import pick_device, precision_context
-from pe_av.evaluation.embed import Embedder
+from pe_av.evaluation.embedder import Embedder
 from pe_av.loss import contrastive_loss
 from pe_av.training.log import PEAK_FLOPS
 from pe_av.training.microbatch import backward

@@ -14,11 +14,11 @@ from pe_av.config import ConfigError
 
 @contextmanager
 def process_group(device: torch.device, timeout_minutes: float) -> Iterator[torch.device]:
-    """The process group that `torchrun` describes in the environment, or none; gives this rank's own device.
+    """Join the process group that the environment describes, if it describes one; yields the device of this rank.
 
     Raises:
-        ConfigError: the description is incomplete, or a GPU is missing.
-        ConnectionError: inside, another rank ended, or others waited for it longer than `timeout_minutes`.
+        ConfigError: the description is incomplete, or there is no GPU for this rank.
+        ConnectionError: another rank ended, or did not answer for `timeout_minutes`.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 and "MASTER_ADDR" not in os.environ:
@@ -27,23 +27,24 @@ def process_group(device: torch.device, timeout_minutes: float) -> Iterator[torc
     unset = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if unset:
         raise ConfigError(
-            f"{', '.join(unset)} not set: start with torchrun, which sets what ranks need to find each other, "
-            "or as docs/slurm.md does"
+            f"{', '.join(unset)} not set: start with torchrun, which sets the variables by which ranks find each "
+            "other, or set them as in docs/slurm.md"
         )
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():
             raise ConfigError(
-                f"rank {local} of this machine has no GPU: this process sees {torch.cuda.device_count()}; start no "
-                "more ranks than GPUs, and under Slurm ask for --gpus-per-node, not --gpus-per-task"
+                f"there is no GPU for rank {local} of this machine, where this process sees "
+                f"{torch.cuda.device_count()}: start at most one rank per GPU, and under Slurm ask for "
+                "--gpus-per-node instead of --gpus-per-task"
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     timeout = timedelta(minutes=timeout_minutes)
     store, rank_, world = next(dist.rendezvous("env://", timeout=timeout))
-    # torchrun keeps its store when it starts ranks again, with the addresses of those that are gone
+    # when torchrun restarts the ranks it keeps its store, which still has the addresses of the ranks that are gone
     store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    # messages between hosts, such as how many rows each has, go over gloo and never wait for the GPU
+    # small messages, such as the number of rows of each rank, go over gloo and never wait for the GPU
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank_, world_size=world, timeout=timeout)
     try:
@@ -52,10 +53,10 @@ def process_group(device: torch.device, timeout_minutes: float) -> Iterator[torc
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         reason = str(error).splitlines()[0]
-        # the group is left as it is: taking it down would wait for the lost rank
+        # the process group is not destroyed here, because that would wait for the lost rank
         raise ConnectionError(
-            f"rank {rank()} lost another one, which ended or hangs ({reason}): its own message says why; resume=auto "
-            "goes on from the newest state, and torchrun --max-restarts=3 starts again by itself"
+            f"rank {rank()} lost another one, which ended or hangs ({reason}): the message of that rank says why; "
+            "resume=auto goes on from the newest state, and torchrun --max-restarts=3 restarts by itself"
         ) from error
     except BaseException:
         dist.destroy_process_group()
@@ -64,25 +65,27 @@ def process_group(device: torch.device, timeout_minutes: float) -> Iterator[torc
 
 
 def rank() -> int:
+    """The number of this process, 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """The number of processes, 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def of_all_ranks(value: Any) -> list[Any]:
-    """What every rank gives, on every rank; a message between hosts."""
-    found = [value]
+    """The values of all ranks, in order, on every rank. They travel by pickle between the hosts, not the GPUs."""
+    values = [value]
     if world_size() > 1:
-        found = [None] * world_size()
-        dist.all_gather_object(found, value)
-    return found
+        values = [None] * world_size()
+        dist.all_gather_object(values, value)
+    return values
 
 
 def of_rank_0(value: Any) -> Any:
-    """Rank 0's value on every rank."""
-    shared = [value]
+    """The value of rank 0, on every rank."""
+    values = [value]
     if world_size() > 1:
-        dist.broadcast_object_list(shared)
-    return shared[0]
+        dist.broadcast_object_list(values)
+    return values[0]

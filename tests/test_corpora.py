@@ -32,7 +32,7 @@ from pe_av.data.shards import index, pack
 from pe_av.data.stamps import find_stamps, prepare_stamps
 from pe_av.loading.batch import Collate
 from pe_av.loading.loader import Loader
-from pe_av.loading.order import BatchSampler
+from pe_av.loading.sampler import BatchSampler
 from pe_av.media.processor import Processor
 
 
@@ -324,7 +324,7 @@ def test_a_cache_of_other_weights_is_refused(cached, tmp_path):
     after = build_model(small_config())
     after.audio.codec.load_state_dict(model.audio.codec.state_dict())
     after.video.vision.load_state_dict(model.video.vision.state_dict())
-    assert FeatureCache(folder, after, 30.0).parts == ["codec", "frames"]
+    assert FeatureCache(folder, after, 30.0).encoders == ["codec", "frames"]
     with pytest.raises(ConfigError, match="no features there"):
         FeatureCache(tmp_path, model, 30.0)
 
@@ -583,7 +583,7 @@ def test_a_recipe_finds_what_is_there_and_reports_what_is_not(make, tmp_path, ca
 
 
 def test_a_recipe_says_what_it_lacks(tmp_path):
-    with pytest.raises(ConfigError, match="train.csv: no such file; what the corpus must look like"):
+    with pytest.raises(ConfigError, match="train.csv: no such file; configs/data says what the folder"):
         make_manifest("audiocaps", tmp_path)
     write(tmp_path, "train.csv", "id,text\n1,a\n")
     with pytest.raises(ConfigError, match="train.csv: has no column youtube_id; it has id, text"):
@@ -591,7 +591,7 @@ def test_a_recipe_says_what_it_lacks(tmp_path):
     audiocaps(tmp_path / "other")
     for path in (tmp_path / "other").rglob("*_*"):
         path.unlink()
-    with pytest.raises(ConfigError, match="none of the 4 clips of audiocaps is there; the first would be train/"):
+    with pytest.raises(ConfigError, match="none of the 4 clips of audiocaps exists; the first would be train/"):
         make_manifest("audiocaps", tmp_path / "other")
     with pytest.raises(ConfigError, match="esc-50 is no recipe"):
         make_manifest("esc-50", tmp_path)

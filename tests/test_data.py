@@ -24,11 +24,12 @@ from test_processor import make_config, make_tokenizer
 
 from pe_av.config import HEADS, ConfigError
 from pe_av.data.clips import ClipReader
-from pe_av.data.manifest import Clip, Manifest, check_row, main, read_manifest
+from pe_av.data.manifest import Clip, Manifest, main, read_manifest
+from pe_av.data.manifest_formats import check_row
 from pe_av.loading.bad_items import BadItems
 from pe_av.loading.batch import Collate
 from pe_av.loading.loader import Loader
-from pe_av.loading.order import BatchSampler
+from pe_av.loading.sampler import BatchSampler
 from pe_av.media.processor import Processor
 
 
@@ -76,7 +77,7 @@ def test_every_format_keeps_every_column(tmp_path, ending):
     sources = {c.id: {k: getattr(c, k) and str(Path.cwd() / getattr(c, k)) for k in ("audio", "video")} for c in CLIPS}
     assert list(found) == [replace(clip, **sources[clip.id]) for clip in CLIPS]
     assert [clip.id for clip in read_manifest(tmp_path / f"m.{ending}", "eval")] == ["c", "d"]
-    with pytest.raises(ConfigError, match="no clips of split=test: the manifest has eval, train"):
+    with pytest.raises(ConfigError, match="no clips of split=test; the manifest has the splits eval, train"):
         found.select("test")
     assert found.modalities().tolist() == [7, 5, 3, 6, 7]
     assert sorted(found.texts()) == sorted(text for c in CLIPS for texts in c.captions.values() for text in texts)
@@ -116,7 +117,7 @@ def test_files_of_other_programs(tmp_path):
     with pytest.raises(ConfigError, match="row 1: nothing to pair"):
         read_manifest(tmp_path / "m.parquet")
     (tmp_path / "m.parquet").write_bytes(b"PAR1 not at all")
-    with pytest.raises(ConfigError, match="m.parquet: not a manifest"):
+    with pytest.raises(ConfigError, match="m.parquet: cannot be read as Parquet"):
         read_manifest(tmp_path / "m.parquet")
 
 
@@ -231,9 +232,9 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
         (tmp_path / f"out.{ending}").write_text("kept")
     (tmp_path / "folder.jsonl").mkdir()
     for name, reason in (
-        ("out.csv", "a.mp4 has several captions of a kind, for which CSV has no place"),
-        ("out.tsv", "no format of a manifest is named so; its name must end in .parquet, .csv, .jsonl"),
-        ("out.pq", "no format of a manifest is named so"),
+        ("out.csv", "a.mp4 has several captions of one kind, which CSV cannot hold"),
+        ("out.tsv", "unknown format of a manifest; its name must end in .parquet, .csv, .jsonl"),
+        ("out.pq", "unknown format of a manifest"),
         ("folder.jsonl", "cannot be written (Is a directory)"),
         ("nowhere/out.csv", "cannot be written (no such folder)"),
     ):
@@ -242,7 +243,7 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
         assert str(ended.value).startswith(f"error: {tmp_path / name}: {reason}") and "\n" not in str(ended.value)
     assert all((tmp_path / f"out.{ending}").read_text() == "kept" for ending in ("csv", "tsv", "pq"))
     (tmp_path / "m.tsv").write_text("path\na.mp4\n")
-    with pytest.raises(ConfigError, match="m.tsv: no format of a manifest is named so"):
+    with pytest.raises(ConfigError, match="m.tsv: unknown format of a manifest"):
         read_manifest(tmp_path / "m.tsv")
     (tmp_path / "M.CSV").write_text("path,caption\na.mp4,x\n")
     main([str(tmp_path / "M.CSV"), str(tmp_path / "M.PARQUET")])
@@ -263,7 +264,7 @@ def test_tables_of_other_programs(tmp_path):
     columns = [pa.array(["a.mp4"]), pa.array(["x"]), pa.array(["y"])]
     pq.write_table(pa.Table.from_arrays(columns, ["path", "caption", "caption"]), tmp_path / "m.parquet")
     for name in ("m.csv", "m.parquet"):
-        with pytest.raises(ConfigError, match=f"{name}: has 2 columns named caption; leave one"):
+        with pytest.raises(ConfigError, match=f"{name}: has 2 columns named caption; remove or rename all but one"):
             read_manifest(tmp_path / name)
 
 
@@ -301,7 +302,7 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 @pytest.fixture
 def small_batches(monkeypatch, tmp_path):
     """Manifests of over 100 rows are converted, and nothing outside of the test's folder is written."""
-    monkeypatch.setattr("pe_av.data.manifest.BATCH_ROWS", 100)
+    monkeypatch.setattr("pe_av.data.manifest_formats.BATCH_ROWS", 100)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -311,7 +312,7 @@ def test_a_mapped_manifest_is_the_one_in_memory(tmp_path, ending, monkeypatch, s
     mapped = read_manifest(path)
     assert mapped.stored == (str(tmp_path / f".m.{ending}.arrow"), mapped.stored[1])
     with monkeypatch.context() as patch:
-        patch.setattr("pe_av.data.manifest.BATCH_ROWS", 10_000)
+        patch.setattr("pe_av.data.manifest_formats.BATCH_ROWS", 10_000)
         Path(mapped.stored[0]).rename(tmp_path / "aside")
         memory = read_manifest(path)
         (tmp_path / "aside").rename(mapped.stored[0])
@@ -348,7 +349,7 @@ def test_a_copy_is_of_the_manifest_as_it_is(tmp_path, small_batches):
     write_rows(path, rows[:-1])
     assert len(read_manifest(path)) == 299
     assert len(first) == 300 and first[299].id == rows[299]["path"]  # who has it open goes on with it
-    with pytest.raises(ConfigError, match=r"\.m\.jsonl\.arrow: gone, or made anew, because the manifest has changed"):
+    with pytest.raises(ConfigError, match=r"\.m\.jsonl\.arrow: gone or replaced, because the manifest has changed"):
         pickle.loads(travelling)
     for damage in (b"", b"ARROW1 not at all", Path(first.stored[0]).read_bytes()[:-100]):
         Path(first.stored[0]).write_bytes(damage)
@@ -374,7 +375,7 @@ def test_a_manifest_that_changes_while_it_is_read_is_refused(tmp_path, small_bat
                 file.write('{"path": "new.mp4"}\n')
         return check(row, where)
 
-    monkeypatch.setattr("pe_av.data.manifest.check_row", slow)
+    monkeypatch.setattr("pe_av.data.manifest_formats.check_row", slow)
     with pytest.raises(ConfigError, match="m.jsonl: changed while it was read"):
         read_manifest(path)
     assert [p.name for p in tmp_path.iterdir()] == ["m.jsonl"]
@@ -391,7 +392,7 @@ def test_without_room_beside_it_the_copy_goes_to_the_cache_folder(tmp_path, smal
             raise OSError(errno.ENOSPC, "No space left on device")
         return new_file(place, schema)
 
-    monkeypatch.setattr("pe_av.data.manifest.pa.ipc.new_file", write)
+    monkeypatch.setattr("pe_av.data.manifest_copy.pa.ipc.new_file", write)
     manifest = read_manifest(path)
     assert Path(manifest.stored[0]).parent == tmp_path / "cache" / "pe_av"
     assert manifest[0].video == f"{path.parent}/0/0.mp4"
@@ -402,7 +403,7 @@ def test_without_room_beside_it_the_copy_goes_to_the_cache_folder(tmp_path, smal
     with pytest.raises(ConfigError) as refused:
         read_manifest(path)
     told = str(refused.value)
-    assert told.startswith(f"{path}: no room for the copy") and "No space left on device" in told
+    assert told.startswith(f"{path}: no room for its memory-mapped copy") and "No space left on device" in told
     assert "\n" not in told and "XDG_CACHE_HOME" in told
     assert not list(tmp_path.rglob("*.part"))
 
@@ -436,20 +437,18 @@ def test_what_is_wrong_far_down_is_named_by_its_line(tmp_path, ending, small_bat
         with pytest.raises(ConfigError, match=f"m.{ending}{where}: {reason}"):
             read_manifest(path)
     path = write_rows(tmp_path / f"m.{ending}", rows + [rows[7], rows[7], rows[250]])
-    with pytest.raises(
-        ConfigError, match=f"m.{ending}: 3 ids stand more than once, such as '.*' in the clips 8 and 301"
-    ):
+    with pytest.raises(ConfigError, match=f"m.{ending}: 3 repeated ids, such as '.*' in clips 8 and 301"):
         read_manifest(path)
     assert [p.name for p in tmp_path.iterdir()] == [f"m.{ending}"]
 
 
 def test_ids_of_equal_hashes_are_compared(tmp_path, monkeypatch):
-    monkeypatch.setattr("pe_av.data.manifest.hash", lambda text: len(text), raising=False)
+    monkeypatch.setattr("pe_av.data.manifest_copy.hash", lambda text: len(text), raising=False)
     names = ["aa", "bb", "ab", "ccc", "dd", "a"]
     path = write_rows(tmp_path / "m.jsonl", [{"id": name, "path": "x.mp4"} for name in names])
     assert [clip.id for clip in read_manifest(path)] == names
     write_rows(path, [{"id": name, "path": "x.mp4"} for name in [*names, "ab", "ab", "ccc"]])
-    with pytest.raises(ConfigError, match="3 ids stand more than once, such as 'ab' in the clips 3 and 7; give"):
+    with pytest.raises(ConfigError, match="3 repeated ids, such as 'ab' in clips 3 and 7; give"):
         read_manifest(path)
 
 

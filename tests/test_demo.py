@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pe_av.config import ConfigError, DemoConfig
-from pe_av.data import demo
+from pe_av.data import demo, demo_scenes
 
 RATE = 48_000
 PITCH_BAND = {"small": (920, 1540), "medium": (405, 665), "large": (170, 285)}  # Hz, three semitones of glide included
@@ -91,19 +91,19 @@ def _digest(folder: Path) -> dict[str, str]:
 def test_default_split_keeps_evaluation_apart_and_every_clip_tellable():
     train, held_out = demo.split(DemoConfig())
     assert (len(train), len(held_out)) == (1472, 256)
-    seen = [tuple(getattr(scene, name) for name in demo.ATTRIBUTES) for scene in train]
-    unseen = [tuple(getattr(scene, name) for name in demo.ATTRIBUTES) for scene in held_out]
+    seen = [tuple(getattr(scene, name) for name in demo_scenes.ATTRIBUTES) for scene in train]
+    unseen = [tuple(getattr(scene, name) for name in demo_scenes.ATTRIBUTES) for scene in held_out]
     assert len(set(seen + unseen)) == 1728
     assert len({combination[:-1] for combination in unseen}) == 256, "two evaluation clips sound alike"
-    assert len({demo.caption(scene) for scene in train + held_out}) == 1728
+    assert len({demo_scenes.caption(scene) for scene in train + held_out}) == 1728
     for position in range(6):
         assert {c[position] for c in unseen} == {c[position] for c in seen}
     assert set(Counter(c[-1] for c in unseen).values()) == {42, 43}, "colours of the evaluation clips are unbalanced"
 
 
 def test_captions_state_each_attribute_and_nothing_that_contradicts_it(every):
-    said = {name: {value: {value} for value in values} for name, values in demo.ATTRIBUTES.items()}
-    said["motion"] = {motion: {motion, demo.MOTIONS[motion]} for motion in demo.MOTIONS}
+    said = {name: {value: {value} for value in values} for name, values in demo_scenes.ATTRIBUTES.items()}
+    said["motion"] = {motion: {motion, demo_scenes.MOTIONS[motion]} for motion in demo_scenes.MOTIONS}
     for clip in every:
         words = clip.caption.replace(",", "").split()
         for name, values in said.items():
@@ -127,7 +127,8 @@ def test_same_bytes_with_any_number_of_workers(tmp_path):
     scenes = demo.split(DemoConfig())[1][:20]
     for workers in (1, 2):
         (tmp_path / str(workers)).mkdir()
-        demo._render([(tmp_path / str(workers) / f"{i}.mp4", scene) for i, scene in enumerate(scenes)], workers)
+        jobs = [(tmp_path / str(workers) / f"{i}.mp4", scene) for i, scene in enumerate(scenes)]
+        demo.render_all(demo._render_clip, jobs, "rendering", workers)
     assert len(_digest(tmp_path / "1")) == 20
     assert _digest(tmp_path / "1") == _digest(tmp_path / "2")
 
@@ -184,16 +185,16 @@ def test_interrupted_rendering_leaves_nothing(tmp_path, monkeypatch):
 
 def test_slower_of_two_processes_keeps_what_the_faster_one_made(tmp_path, monkeypatch):
     config = DemoConfig(str(tmp_path), train_clips=2, eval_clips=1)
-    render = demo._render
+    render_all = demo.render_all
 
-    def overtaken(jobs, workers):
+    def overtaken(*arguments):
         with monkeypatch.context() as patch:
-            patch.setattr(demo, "_render", render)
+            patch.setattr(demo, "render_all", render_all)
             train, _ = demo.prepare_demo(config)  # the other process starts later and is done earlier
         (train.parent / "faster").touch()
-        render(jobs, workers)
+        render_all(*arguments)
 
-    monkeypatch.setattr(demo, "_render", overtaken)
+    monkeypatch.setattr(demo, "render_all", overtaken)
     train, held_out = demo.prepare_demo(config)
     assert (train.parent / "faster").exists() and held_out.exists()
     assert list(tmp_path.iterdir()) == [train.parent]
@@ -233,7 +234,7 @@ def test_pitch_tells_the_size(every):
 
 def test_partials_tell_the_shape(every):
     steady = [clip for clip in every if clip.motion != "slides"]
-    assert {clip.shape for clip in steady} == set(demo.SHAPES)
+    assert {clip.shape for clip in steady} == set(demo_scenes.SHAPES)
     for clip in steady:
         pitch = clip.pitch()
         first, bell, second, third = (clip.power(0.96 * k * pitch, 1.04 * k * pitch) for k in (1, 1.41, 2, 3))
@@ -267,7 +268,7 @@ def test_sound_alone_tells_every_audible_attribute_and_not_the_colour(clips):
     mean, deviation = train.mean(0), train.std(0)
     train, held_out = (train - mean) / deviation, (held_out - mean) / deviation
     kernel = train @ train.T + 30 * np.eye(len(train))
-    for name, values in demo.ATTRIBUTES.items():
+    for name, values in demo_scenes.ATTRIBUTES.items():
         values = list(values)
         truth = {part: np.array([values.index(getattr(clip, name)) for clip in clips[part]]) for part in clips}
         dual = np.linalg.solve(kernel, np.eye(len(values))[truth["train"]] - 1 / len(values))
@@ -294,8 +295,8 @@ def test_hue_tells_the_colour(every):
 def test_area_tells_the_size_and_its_variation_within_a_size_is_heard(every):
     area = {clip.id: np.median(clip.body.sum((1, 2))[clip.body.any((1, 2))]) for clip in every}
     seen, heard = [], []
-    for shape in demo.SHAPES:
-        groups = [[clip for clip in every if (clip.shape, clip.size) == (shape, size)] for size in demo.SIZES]
+    for shape in demo_scenes.SHAPES:
+        groups = [[clip for clip in every if (clip.shape, clip.size) == (shape, size)] for size in demo_scenes.SIZES]
         areas = [np.array([area[clip.id] for clip in group]) for group in groups]
         assert areas[0].max() < areas[1].min() and areas[1].max() < areas[2].min(), shape
         seen += list(np.log(areas[2] / areas[2].mean()))

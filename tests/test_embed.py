@@ -1,4 +1,4 @@
-"""Batches with captions of several kinds or one modality alone, against what `forward` and `get_*` give of each."""
+"""Embeddings of batches with several kinds of caption or one modality, against those of `forward` and `get_*`."""
 
 from copy import deepcopy
 
@@ -9,9 +9,9 @@ from test_processor import make_tokenizer
 from torch import Tensor
 
 from pe_av.config import HEADS
-from pe_av.evaluation.embed import Embedder, embed_clips
+from pe_av.evaluation.embedder import Embedder, embed_clips
 from pe_av.loading.batch import Collate
-from pe_av.loading.micro_batch import EMPTY_PART, runs_of, split_batch, with_runs
+from pe_av.loading.split import EMPTY_MICRO_BATCH, runs_of, split_batch, with_runs
 from pe_av.media.processor import Processor
 from pe_av.model.pe_audio_video import PEAudioVideo
 from pe_av.training.microbatch import joined
@@ -61,7 +61,7 @@ def test_one_modality_alone_is_enough(model: PEAudioVideo):
 
 
 def test_clips_that_lack_something_are_embedded_as_they_are_alone(model: PEAudioVideo):
-    """Sound and caption, picture and caption, sound and picture, everything; whole and in parts of two."""
+    """Audio and caption, video and caption, audio and video, everything; whole and in micro-batches of two."""
     model = deepcopy(model).double()
     processor, generator = Processor(model.config, make_tokenizer()), torch.Generator().manual_seed(0)
     hop, size = model.config.audio.codec.hop_length, model.config.video.vision.image_size
@@ -72,10 +72,10 @@ def test_clips_that_lack_something_are_embedded_as_they_are_alone(model: PEAudio
         items[i]["frames"] = torch.randint(0, 256, (2 + i, 3, size, size), generator=generator).byte()
     whole = Collate(processor)(items)
     expected = [Collate(processor)([item]) for item in items]
-    for parts in (split_batch(whole, None), split_batch(whole, 2)):
+    for micro_batches in (split_batch(whole, None), split_batch(whole, 2)):
         with torch.inference_mode():
-            embedded = [model.embed(part["inputs"], part["texts"], part["rows"], part["size"]) for part in parts]
-            found = joined(embedded, [part["size"] for part in parts])
+            embedded = [Embedder(model)(micro_batch) for micro_batch in micro_batches]
+            found = joined(embedded, [micro_batch["size"] for micro_batch in micro_batches])
             for row, batch in enumerate(expected):
                 alone = model.embed(batch["inputs"], batch["texts"])
                 assert set(alone) == {name for name in HEADS if whole["valid"][name][row]}
@@ -85,22 +85,21 @@ def test_clips_that_lack_something_are_embedded_as_they_are_alone(model: PEAudio
 
 
 def test_a_rank_without_clips_runs_what_others_run(model: PEAudioVideo):
-    """Its parameters get the same gradients as another rank's, all zero, so that both can be averaged."""
+    """Its parameters get gradients where those of other ranks do, all zero, so that they can be averaged."""
     batch = random_batch(small_config())
     texts = {None: {name: batch.pop(name) for name in tokens(batch)}}
     rows = dict.fromkeys(("audio", "video", "audio_video", "text"), torch.arange(3))
-    part = {"inputs": batch, "texts": texts, "rows": rows, "size": 3}
+    everything = {"inputs": batch, "texts": texts, "rows": rows, "size": 3}
 
-    def gradients(part: dict) -> dict[str, Tensor]:
+    def gradients(micro_batch: dict) -> dict[str, Tensor]:
         model.zero_grad()
-        embeds = Embedder(model)(with_runs(part, sorted(runs_of(part_of_others)), model.config))
+        embeds = Embedder(model)(with_runs(micro_batch, sorted(runs_of(everything)), model.config))
         sum(value.square().sum() for value in embeds.values()).backward()
-        assert all(len(value) == part["size"] for value in embeds.values()) and set(embeds) == set(HEADS)
+        assert all(len(value) == micro_batch["size"] for value in embeds.values()) and set(embeds) == set(HEADS)
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
-    part_of_others = part
-    full, nothing = gradients(part), gradients(EMPTY_PART)
-    only_sound = gradients(
+    full, nothing = gradients(everything), gradients(EMPTY_MICRO_BATCH)
+    only_audio = gradients(
         {
             "inputs": {n: batch[n] for n in ("input_values", "padding_mask")},
             "texts": {},
@@ -108,15 +107,15 @@ def test_a_rank_without_clips_runs_what_others_run(model: PEAudioVideo):
             "size": 3,
         }
     )
-    assert full.keys() == nothing.keys() == only_sound.keys() and len(full) > 100
+    assert full.keys() == nothing.keys() == only_audio.keys() and len(full) > 100
     assert not any(gradient.any() for gradient in nothing.values())
-    assert all(gradient.isfinite().all() for gradient in only_sound.values())
-    assert not any(g.any() for name, g in only_sound.items() if name.startswith(("video.", "text.", "fusion.")))
+    assert all(gradient.isfinite().all() for gradient in only_audio.values())
+    assert not any(g.any() for name, g in only_audio.items() if name.startswith(("video.", "text.", "fusion.")))
     model.zero_grad()
 
 
 def test_every_caption_of_a_set_is_embedded_once(model: PEAudioVideo):
-    """Two batches; captions shared between clips, missing, and for sound alone; clips without sound or picture."""
+    """Two batches; captions shared between clips, missing, and of audio alone; clips without audio or video."""
     processor, generator = Processor(model.config, make_tokenizer()), torch.Generator().manual_seed(0)
     hop, size = model.config.audio.codec.hop_length, model.config.video.vision.image_size
     captions = [

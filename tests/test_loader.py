@@ -1,4 +1,4 @@
-"""The order of the data: what is in every batch, and that it goes on after a kill as if nothing had happened."""
+"""The clips of every batch, the worker processes that read them, crops, and resuming, also after a kill."""
 
 import contextlib
 import json
@@ -14,17 +14,19 @@ import tracemalloc
 from collections import Counter
 from concurrent.futures import CancelledError
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from batches import kill_and_resume, take, take_on_ranks
 
 from pe_av.config import ConfigError
 from pe_av.data.manifest import Clip
 from pe_av.loading.loader import Loader, crop
-from pe_av.loading.order import WINDOW, BatchSampler
-from pe_av.workers import read_all, start_pool
+from pe_av.loading.sampler import WINDOW, BatchSampler
+from pe_av.workers import Pool, read_all
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,7 +100,7 @@ def test_without_shuffling_everything_comes_once_in_order():
 
 
 def waste(lengths: np.ndarray, batches: list[list[int]]) -> float:
-    """The part of all positions that is padding."""
+    """The share of positions that is padding."""
     tokens = np.ceil(25 * lengths)
     padded = sum(len(batch) * tokens[batch].max() for batch in batches)
     return 1 - sum(tokens[batch].sum() for batch in batches) / padded
@@ -123,11 +125,12 @@ def test_a_token_budget_is_kept_and_used():
 
 
 def test_a_batch_pairs_the_same_things():
-    parts = np.random.default_rng(0).choice([7, 5, 3], 10_000, p=[0.8, 0.15, 0.05])  # all, sound + text, picture + text
-    batches = epoch(BatchSampler(10_000, 16, shuffle=True, modalities=parts))
-    mixed = sum(len(set(parts[batch])) > 1 for batch in batches)
-    assert mixed <= 2 * (10_000 // (16 * WINDOW) + 1)  # one where two kinds meet, in each window
-    assert sum(set(parts[batch]) == {3} for batch in batches) > 20
+    # everything, audio and text, video and text
+    modalities = np.random.default_rng(0).choice([7, 5, 3], 10_000, p=[0.8, 0.15, 0.05])
+    batches = epoch(BatchSampler(10_000, 16, shuffle=True, modalities=modalities))
+    mixed = sum(len(set(modalities[batch])) > 1 for batch in batches)
+    assert mixed <= 2 * (10_000 // (16 * WINDOW) + 1)  # in each window, one where two combinations meet
+    assert sum(set(modalities[batch]) == {3} for batch in batches) > 20
 
 
 def test_every_caption_has_its_turn_and_a_clips_turn_is_its_own():
@@ -140,9 +143,9 @@ def test_every_caption_has_its_turn_and_a_clips_turn_is_its_own():
     assert all(len(set(column)) == 5 for column in turns.T)
     assert sampler.picks(4, batch)[17] == sampler.picks(4, np.array([17]))[0]
     assert BatchSampler(1000, 10).picks(4, batch) == BatchSampler(1000, 10).offsets(4, batch) == [0] * 1000
-    from scipy.stats import chi2_contingency, kstest  # here, since the workers below import this file
+    from scipy.stats import chi2_contingency, kstest  # here, since workers import this file and do not need it
 
-    # which part is read is as even, and depends on neither the caption nor the other epochs
+    # where a crop begins is uniform, and independent of the caption and of other epochs
     assert kstest(offsets.ravel(), "uniform").pvalue > 0.01
     assert chi2_contingency(np.histogram2d(turns.ravel(), offsets.ravel(), [5, 10])[0]).pvalue > 0.01
     assert abs(np.corrcoef(offsets)[np.triu_indices(50, 1)]).max() < 0.15
@@ -151,10 +154,10 @@ def test_every_caption_has_its_turn_and_a_clips_turn_is_its_own():
 @pytest.mark.parametrize("tokens", [None, 400_000])
 def test_a_million_clips_are_planned_in_little_memory(tokens):
     count = 1_000_000
-    lengths, parts = np.random.default_rng(0).uniform(1, 30, count), np.full(count, 7)
-    tracemalloc.start()  # numpy tells it of its arrays
+    lengths, modalities = np.random.default_rng(0).uniform(1, 30, count), np.full(count, 7)
+    tracemalloc.start()  # numpy reports its arrays to it
     try:
-        sampler = BatchSampler(count, 1024, shuffle=True, lengths=lengths, modalities=parts, max_tokens=tokens)
+        sampler = BatchSampler(count, 1024, shuffle=True, lengths=lengths, modalities=modalities, max_tokens=tokens)
         seen = sum(len(batch) for batch in sampler.epoch(0))
         assert tracemalloc.get_traced_memory()[1] < 40 * count
     finally:
@@ -163,7 +166,7 @@ def test_a_million_clips_are_planned_in_little_memory(tokens):
 
 
 class Counted(list):
-    """Clips, and which of them were asked for."""
+    """Clips, and the indices of those that were accessed."""
 
     asked: list[int] = []
 
@@ -176,7 +179,7 @@ def test_going_on_in_the_middle_touches_no_clip_before_it():
     given = Counted(clips(*[f"ok:{i}" for i in range(1000)]))
     loader = Loader(given, read, BatchSampler(1000, 10, shuffle=True), together)
     loader.load_state_dict(loader.state_dict() | {"batch": 98})
-    given.asked.clear()  # of some of them the name was asked for
+    given.asked.clear()  # of the clips whose ids went into the checksum
     assert sum(len(batch["ids"]) for batch in loader) == len(given.asked) == 20
 
 
@@ -185,14 +188,14 @@ def test_going_on_in_the_middle_touches_no_clip_before_it():
 
 
 class Awkward(Exception):
-    """Travels by pickle, but cannot be made again from what is in it."""
+    """An exception that can be pickled but not unpickled."""
 
     def __init__(self, one: int, other: int):
         super().__init__(f"{one}\nand {other}")
 
 
 class Unreadable:
-    """Arrives, and cannot be made again there."""
+    """A value that can be pickled but not unpickled."""
 
     def __reduce__(self) -> tuple:
         return int, ("no number",)
@@ -202,10 +205,10 @@ RAISED = {"key": KeyError("stream"), "memory": MemoryError(), "awkward": Awkward
 
 
 def read(clip: Clip) -> dict:
-    """What the clip's name says that reading it does."""
+    """Do what the id of the clip says: return an item, hang, crash or raise."""
     what, _, value = clip.id.partition(":")
     if what == "hang":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as C code does that never comes back
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # like C code that never returns
         if clip.video:
             Path(clip.video).touch()
         time.sleep(1000)
@@ -222,7 +225,7 @@ def read(clip: Clip) -> dict:
     if what == "long":
         return {"id": clip.id, "start": clip.start, "end": clip.end}
     if multiprocessing.parent_process() is not None:
-        time.sleep(random.random() * 0.02)  # clips come back in another order than they went
+        time.sleep(random.random() * 0.02)  # items come back in another order
     return {"id": clip.id, "value": torch.full((3,), float(value)), "process": os.getpid()}
 
 
@@ -274,7 +277,7 @@ def test_whatever_reading_raises_costs_one_clip(workers):
         "awkward:": "awkward:.wav: Awkward: 1 and 2",
         "assert:": "assert:.wav: AssertionError: no",
     }
-    if workers:  # what only fails on the way
+    if workers:  # items that fail on the way from the worker
         names += ["unsendable:", "unreadable:", "ok:4"]
         expected["unreadable:"] = "unreadable:.wav: ValueError: invalid literal for int() with base 10: 'no number'"
     else:
@@ -310,7 +313,7 @@ def open_files() -> int:
 
 
 def test_a_pool_outlives_its_workers_and_leaks_nothing():
-    pool = start_pool(read, 2)
+    pool = Pool(read, 2)
 
     def outcomes(*names: str) -> list[str]:
         items = [pool.read(clip, 20) for clip in clips(*names)]
@@ -318,11 +321,11 @@ def test_a_pool_outlives_its_workers_and_leaks_nothing():
 
     assert outcomes("ok:1", "ok:2", "ok:3") == ["read"] * 3
     files, threads = open_files(), threading.active_count()
-    # without work between the crashes, so that workers also die within a moment of being given a clip
+    # some crashes follow each other directly, so that workers also die just after they were given a clip
     names = [f"crash:{i}" for i in range(24)] + ["ok:1", "crash:24", "ok:2", "crash:25", "ok:3"] + ["crash:26"] * 4
     found = outcomes(*names)
     assert found == [f"{name}.wav: reading it ended the process (-11)" if "crash" in name else "read" for name in names]
-    for process in multiprocessing.active_children():  # those that are idle, as where memory is short
+    for process in multiprocessing.active_children():  # workers that are idle, as the kernel does when memory is short
         os.kill(process.pid, signal.SIGKILL)
         process.join(10)
     assert outcomes("ok:1", "ok:2", "ok:3") == ["read"] * 3
@@ -356,9 +359,9 @@ END = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from test_loader import clips, read
-from pe_av.workers import start_pool
+from pe_av.workers import Pool
 if __name__ == "__main__":
-    pool = start_pool(read, 2)
+    pool = Pool(read, 2)
     pool.read(clips("ok:1")[0]).result()
     for clip in clips("hang:1", "hang:2", "hang:3"):
         pool.read(clip)
@@ -378,12 +381,12 @@ def test_a_process_ends_although_its_workers_hang(tmp_path):
 
 def test_a_crop_lies_within_the_clip():
     assert crop(Clip("a", "a.wav", seconds=8.0), 10.0, 0.5) == Clip("a", "a.wav", seconds=8.0)
-    assert crop(Clip("a", "a.wav"), 10.0, 0.5) == Clip("a", "a.wav")  # nobody knows how long it is
+    assert crop(Clip("a", "a.wav"), 10.0, 0.5) == Clip("a", "a.wav")  # its length is not known
     for clip, first, last in (
         (Clip("a", "a.wav", seconds=30.0), 0.0, 20.0),
         (Clip("a", "a.wav", start=5.0, seconds=30.0), 5.0, 25.0),
         (Clip("a", "a.wav", start=5.0, end=35.0), 5.0, 25.0),
-        (Clip("a", "a.wav", start=5.0, end=99.0, seconds=30.0), 5.0, 25.0),  # the file ends before the part
+        (Clip("a", "a.wav", start=5.0, end=99.0, seconds=30.0), 5.0, 25.0),  # the file ends before the segment
         (Clip("a", "a.wav", start=5.0, end=20.0, seconds=30.0), 5.0, 10.0),
     ):
         for offset, start in ((0.0, first), (0.5, (first + last) / 2), (1.0, last)):
@@ -429,141 +432,68 @@ def make(workers: int = 0, rank: int = 0, world: int = 1, size: int = 103, **how
     return Loader(clips(*[f"ok:{i}" for i in range(size)]), read, sampler, together, workers, 30)
 
 
-def stream(loader: Loader, batches: int) -> list[list[str]]:
-    ids = []
-    while len(ids) < batches:
-        for batch in loader:
-            ids.append(batch["ids"])
-            if len(ids) == batches:
-                break
-    return ids
-
-
 @pytest.mark.parametrize("tokens", [None, 4800])
 def test_any_state_goes_on_after_it(tokens):
-    whole = stream(make(max_tokens=tokens), 45)  # two epochs and a half
+    whole = take(make(max_tokens=tokens), 45, "ids")  # two epochs and a half
     for stop in (0, 1, 16, 17, 18, 30, 44):
         first = make(max_tokens=tokens)
-        assert stream(first, stop) == whole[:stop]
+        assert take(first, stop, "ids") == whole[:stop]
         state = json.loads(json.dumps(first.state_dict()))
         second = make(max_tokens=tokens)
         second.load_state_dict(state)
-        assert stream(second, 45 - stop) == whole[stop:]
+        assert take(second, 45 - stop, "ids") == whole[stop:]
 
 
 @pytest.mark.parametrize("tokens", [None, 4800])
 def test_a_state_goes_on_with_another_number_of_ranks(tokens):
-    whole = stream(make(max_tokens=tokens), 45)
+    whole = take(make(max_tokens=tokens), 45, "ids")
     seen: list[list[str]] = []
     state = make(max_tokens=tokens).state_dict()
     for world, batches in ((1, 10), (2, 13), (3, 22)):
-        ranks = [make(rank=rank, world=world, max_tokens=tokens) for rank in range(world)]
-        for loader in ranks:
-            loader.load_state_dict(state)
-        seen += [sum(step, []) for step in zip(*[stream(loader, batches) for loader in ranks], strict=True)]
+        ranks, ids = take_on_ranks(partial(make, 0, max_tokens=tokens), world, state, batches, "ids")
+        seen += ids
         assert all(loader.state_dict() == ranks[0].state_dict() for loader in ranks)
         state = json.loads(json.dumps(ranks[-1].state_dict()))
-    assert [sorted(ids) for ids in seen] == [sorted(ids) for ids in whole]
+    assert seen == [sorted(ids) for ids in whole]
 
 
-def test_batches_bear_their_number():
-    loader = make()
-    assert [batch["number"] for batch in loader] == list(range(17))
-    assert next(iter(loader))["number"] == 0  # of the next epoch
-    found = []
-    for rank in range(2):  # without shuffling, whole batches
-        sampler = BatchSampler(17, 4, rank=rank, world=2)
-        found += [
-            (b["number"], b["ids"]) for b in Loader(clips(*[f"ok:{i}" for i in range(17)]), read, sampler, together)
-        ]
-    assert sorted(found) == [(b, [f"ok:{i}" for i in range(4 * b, min(4 * b + 4, 17))]) for b in range(6)]
+def test_without_shuffling_batch_b_of_rank_r_is_number_b_times_ranks_plus_r():
+    given = clips(*[f"ok:{i}" for i in range(17)])
+    ranks = [Loader(given, read, BatchSampler(17, 4, rank=rank, world=2), together) for rank in range(2)]
+    ids = [batch["ids"] for turn in zip(*ranks, strict=True) for batch in turn]
+    assert ids == [[f"ok:{i}" for i in range(4 * b, min(4 * b + 4, 17))] for b in range(6)]
+    assert [(loader.epoch, loader.position) for loader in ranks] == [(1, 0)] * 2
 
 
 def test_the_state_of_another_stream_is_refused():
     state = make().state_dict()
-    with pytest.raises(
-        ConfigError, match="the clips have other names, or another order; use the manifest that the run"
-    ):
+    with pytest.raises(ConfigError, match="the clips have other ids or another order; use the manifest that the run"):
         make().load_state_dict(state | {"names": "others"})
-    with pytest.raises(ConfigError, match="the checksum of the clips' lengths, and of what they have, was"):
+    with pytest.raises(ConfigError, match="the checksum of the lengths and modalities of the clips was"):
         make().load_state_dict(state | {"sorting": "others"})
     with pytest.raises(ConfigError, match="the number of clips was 103, now 104"):
         make(size=104).load_state_dict(state)
     with pytest.raises(ConfigError, match="the seed was 4, now 3"):
         make().load_state_dict(state | {"seed": 4})
-    with pytest.raises(ConfigError, match="the rows of a batch over all ranks was 12, now 6"):
+    with pytest.raises(ConfigError, match="the number of rows of a batch over all ranks was 12, now 6"):
         make().load_state_dict(state | {"rows": 12})
-    with pytest.raises(ConfigError, match="the tokens of a batch over all ranks was 4800, now 9600"):
+    with pytest.raises(ConfigError, match="the token budget of a batch over all ranks was 4800, now 9600"):
         make(max_tokens=9600).load_state_dict(make(max_tokens=4800).state_dict())
-    with pytest.raises(ConfigError, match="the rows of a batch over all ranks was 6, now None"):
+    with pytest.raises(ConfigError, match="the number of rows of a batch over all ranks was 6, now None"):
         make(max_tokens=9600).load_state_dict(state)
 
 
-RANK = """
-import json, os, sys
-sys.path[:0] = [{root!r}, {tests!r}]
-from test_loader import make
-if __name__ == "__main__":
-    folder, rank, world, workers, batches = sys.argv[1], *map(int, sys.argv[2:])
-    loader = make(workers, rank, world)
-    saved, log = f"{{folder}}/state{{rank}}.json", open(f"{{folder}}/ids{{rank}}.jsonl", "a")
-    if os.path.exists(saved):
-        loader.load_state_dict(json.load(open(saved)))
-    done = loader.epoch * len(loader) + loader.position
-    while done < batches:
-        for batch in loader:
-            done += 1
-            print(json.dumps([done, batch["ids"]]), file=log, flush=True)
-            with open(saved + ".part", "w") as file:  # a checkpoint after every step
-                json.dump(loader.state_dict(), file)
-            os.replace(saved + ".part", saved)
-            if done >= batches:
-                break
-    os._exit(0)
-"""
-
-
-def kill_and_resume(folder: Path, chance: random.Random, world: int, workers: tuple[int, int]) -> None:
+def check_a_kill(folder: Path, seed: int, world: int, workers: tuple[int, int]) -> None:
     """Ranks, killed at a random moment and started again, must have seen what one uninterrupted process sees."""
-    batches = 24
-    script = folder / "rank.py"
-    script.write_text(RANK.format(root=str(ROOT), tests=str(ROOT / "tests")))
-
-    def start(workers: int) -> list[subprocess.Popen]:
-        command = [sys.executable, str(script), str(folder)]
-        return [subprocess.Popen([*command, *map(str, (rank, world, workers, batches))]) for rank in range(world)]
-
-    ranks = start(workers[0])
-    stop = chance.randrange(1, batches)
-    log = folder / "ids0.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") >= stop):
-        time.sleep(0.001)
-    for process in ranks:
-        os.kill(process.pid, signal.SIGKILL)
-    for process in ranks:
-        process.wait()
-    for process in start(workers[1]):
-        assert process.wait(timeout=120) == 0
-    whole = stream(make(0, 0, 1), batches)
-    seen: list[list[str]] = [[] for _ in range(batches)]
-    for rank in range(world):
-        # the last word on a step counts: one after which no state was written yet is repeated, and must be the same
-        steps: dict[int, list[str]] = {}
-        for line in (folder / f"ids{rank}.jsonl").read_text().splitlines():
-            number, ids = json.loads(line)
-            assert steps.setdefault(number, ids) == ids
-        assert sorted(steps) == list(range(1, batches + 1))
-        for number, ids in steps.items():
-            seen[number - 1] += ids
-    assert [sorted(ids) for ids in seen] == [sorted(ids) for ids in whole]
+    _, seen = kill_and_resume(folder, "test_loader", "make(workers, rank, world)", "ids", 24, seed, workers, world)
+    assert [sorted(ids) for ids in seen] == [sorted(ids) for ids in take(make(), 24, "ids")]
 
 
 def test_after_a_kill_the_stream_goes_on_where_it_was(tmp_path):
-    kill_and_resume(tmp_path, random.Random(0), world=1, workers=(2, 1))
+    check_a_kill(tmp_path, 0, world=1, workers=(2, 1))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trial", range(20))
 def test_after_twenty_kills_the_stream_goes_on_where_it_was(tmp_path, trial):
-    kill_and_resume(tmp_path, random.Random(trial), world=2, workers=(2, 2 if trial % 2 else 3))
+    check_a_kill(tmp_path, trial, world=2, workers=(2, 2 if trial % 2 else 3))

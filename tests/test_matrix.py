@@ -37,7 +37,7 @@ from pe_av.config import (
 from pe_av.config.compose import from_dict
 from pe_av.data.cache import write_cache
 from pe_av.data.manifest import Clip, Manifest, read_manifest
-from pe_av.loading.order import BatchSampler
+from pe_av.loading.sampler import BatchSampler
 from pe_av.media.processor import Processor
 from pe_av.training.states import newest_whole, read_progress
 

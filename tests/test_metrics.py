@@ -1,4 +1,4 @@
-"""Retrieval metrics against scikit-learn, torchmetrics and a float64 sort; ties, chance and refusals; the reports."""
+"""Retrieval metrics against scikit-learn, torchmetrics and a float64 sort; ties, chance and errors; the reports."""
 
 import json
 
@@ -41,7 +41,7 @@ def seeded() -> None:
 
 
 def noisy_pairs(items: int, width: int, noise: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """(items, width) queries and gallery that agree up to noise, so that ranks are neither all first nor all chance."""
+    """(items, width) queries and gallery that agree up to noise, so that ranks are neither all 1 nor random."""
     generator = torch.Generator().manual_seed(seed)
     gallery = torch.randn(items, width, generator=generator)
     queries = gallery + noise * torch.randn(items, width, generator=generator)
@@ -49,7 +49,7 @@ def noisy_pairs(items: int, width: int, noise: float, seed: int = 0) -> tuple[Te
 
 
 def brute_force_ranks(queries: Tensor, gallery: Tensor, target: Tensor) -> np.ndarray:
-    """Ranks by sorting in float64; of equal scores the true item comes last."""
+    """Ranks by sorting in float64; among equal scores the true item comes last."""
     scores = queries.double().numpy() @ gallery.double().numpy().T
     ranks = []
     for row, true in zip(scores, target.tolist(), strict=True):
@@ -93,7 +93,7 @@ def test_metrics_equal_scikit_learn(noise: float):
 
 
 def test_ties_equal_scikit_learn():
-    """Few distinct items, so that most scores tie: its ranking metrics give a tie the last place too."""
+    """With few distinct items most scores tie; scikit-learn ranks ties last, too."""
     gallery = torch.randint(-1, 2, (90, 3)).float()  # small integers: scores are exact everywhere
     queries = torch.randint(-1, 2, (90, 3)).float()
     metrics = retrieval_metrics(retrieval_ranks(queries, gallery), 90)
@@ -108,7 +108,7 @@ def test_metrics_equal_torchmetrics(noise: float):
     queries, gallery = noisy_pairs(items, width=20, noise=noise, seed=1)
     metrics = retrieval_metrics(retrieval_ranks(queries, gallery), items)
     rows = torch.arange(items).repeat_interleave(items)
-    scores = queries @ gallery.T + 2  # above 0, because torchmetrics takes what is not for irrelevant
+    scores = queries @ gallery.T + 2  # positive, because torchmetrics takes other scores for irrelevant
     reference = {"preds": scores.flatten(), "target": torch.eye(items).bool().flatten(), "indexes": rows}
     assert metrics["MRR"] == pytest.approx(RetrievalMRR()(**reference).item())
     for k in (1, 5, 10):
@@ -119,23 +119,23 @@ def test_metrics_equal_torchmetrics(noise: float):
 @pytest.mark.parametrize("captions_of_a_clip", [1, 5])
 @pytest.mark.parametrize("clips_of_a_caption", [1, 3])
 def test_several_captions_and_shared_ones_equal_torchmetrics(captions_of_a_clip: int, clips_of_a_caption: int):
-    """All true items are true, the first counts, and a caption is in the gallery once. Some clips have fewer."""
+    """The best true item counts, and a caption is in the gallery once. Some clips have fewer captions."""
     clips, many = 60, captions_of_a_clip
     captions = torch.stack([torch.randperm(clips * many // clips_of_a_caption)[:many] for _ in range(clips)])
     if many > 1:
         captions[::7, many - 2 :] = -1
-    count = int(captions.max()) + 3  # and two more that are of no clip
+    count = int(captions.max()) + 3  # and two captions that no clip has
     true = torch.zeros(clips, count + 1, dtype=torch.bool).scatter_(1, captions % (count + 1), True)[:, :-1]
     media = torch.randn(clips, 24)
     texts = torch.randn(count, 24) + true.float().T @ media / true.sum(0)[:, None].clamp(min=1)
     has_sound = torch.arange(clips) % 5 > 0
     valid = {"audio": has_sound, "text_audio": torch.ones(clips, dtype=torch.bool)}
-    embeds = {"audio": media, "text_audio": torch.full((clips, 24), torch.nan)}  # of single captions: not looked at
+    embeds = {"audio": media, "text_audio": torch.full((clips, 24), torch.nan)}  # of first captions, which are not used
     metrics = evaluate_embeddings(embeds, valid, {"text_audio": texts}, captions)
     true = true[has_sound]
     used = true.any(0)
     scores, true = (media[has_sound] @ texts[used].T), true[:, used]
-    scores = scores - scores.min() + 1  # above 0, because torchmetrics takes what is not for irrelevant
+    scores = scores - scores.min() + 1  # positive, because torchmetrics takes other scores for irrelevant
     for direction, preds, target in (("audio->text", scores, true), ("text->audio", scores.T, true.T)):
         rows = torch.arange(len(preds))[:, None].expand_as(preds).flatten()
         reference = {"preds": preds.flatten(), "target": target.flatten(), "indexes": rows}
@@ -177,7 +177,7 @@ def test_metrics_by_hand():
 @pytest.mark.parametrize("items", [2, 5, 63, 200])
 @pytest.mark.parametrize("width", [1, 7, 64, 129])
 def test_a_collapsed_model_is_last_and_not_first(items: int, width: int):
-    """Equal embeddings tie at every size, also where a matrix product rounds equal columns differently."""
+    """Equal embeddings tie at every size, even if a matrix product rounds equal columns differently."""
     collapsed = torch.randn(1, width).expand(items, width).contiguous()
     for queries in (collapsed, torch.randn(items, width)):
         ranks = retrieval_ranks(queries, collapsed)
@@ -266,7 +266,7 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_each_direction_reads_its_own_two_embeddings():
-    """Different noise everywhere, so that a swapped or mixed-up side shows."""
+    """Every embedding has different noise, so that swapped sides are noticed."""
     shared = torch.randn(80, 16)
     embeds = {name: shared + (0.5 + 0.3 * i) * torch.randn(80, 16) for i, name in enumerate(EIGHT)}
     metrics = evaluate_embeddings(embeds)
@@ -317,7 +317,7 @@ def test_written_metrics_read_back(metrics, tmp_path, capsys):
     read = json.loads(path.read_text(encoding="utf-8"))
     assert read["text->audio"]["R@1"] == metrics["text->audio"]["R@1"]
     assert read == metrics | {"step": 250, "checkpoint": "runs/a"}
-    print_table(read)  # extra keys are no obstacle
+    print_table(read)  # extra keys are ignored
     assert "audio->video+text" in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""Micro-batches against the whole batch: the same gradients, also where random numbers are drawn on the way."""
+"""Micro-batches against the whole batch: the same gradients, also where the model draws random numbers."""
 
 from dataclasses import replace
 from typing import Any
@@ -15,14 +15,14 @@ from pe_av.training.microbatch import backward
 
 
 class Embedder(nn.Module):
-    """The model with a dropout that lasts: the same seed gives the whole batch and its parts the same mask by row."""
+    """The model with dropout of its embeddings: a seed gives the rows the same mask in a batch and in micro-batches."""
 
     def __init__(self, model: PEAudioVideo, dropout: float):
         super().__init__()
         self.model, self.dropout = model, dropout
 
-    def forward(self, part: dict[str, Any]) -> dict[str, Tensor]:
-        inputs = part["inputs"]
+    def forward(self, micro_batch: dict[str, Any]) -> dict[str, Tensor]:
+        inputs = micro_batch["inputs"]
         rows = inputs["rows"]
         embeds = self.model(**{name: value for name, value in inputs.items() if name != "rows"}).embeds()
         if self.dropout:
@@ -37,7 +37,7 @@ def gradients(sizes: list[int], dropout: float) -> tuple[float, dict[str, Tensor
     model = randomize(PEAudioVideo(config)).double().train()
     batch = random_batch(config, rows=((24, 6, 3), (9, 5, 4), (15, 7, 3), (11, 4, 2), (20, 6, 5), (8, 3, 1)))
     batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()} | {"rows": torch.arange(6)}
-    parts = [
+    micro_batches = [
         {"inputs": dict(zip(batch, values, strict=True)), "texts": {}, "size": len(values[0])}
         for values in zip(*(v.split(sizes) for v in batch.values()), strict=True)
     ]
@@ -48,7 +48,7 @@ def gradients(sizes: list[int], dropout: float) -> tuple[float, dict[str, Tensor
         return out.total, (out.total.item(), out.losses)
 
     torch.manual_seed(5)
-    loss, losses = backward(Embedder(model, dropout), parts, loss_of, torch.device("cpu"))
+    loss, losses = backward(Embedder(model, dropout), micro_batches, loss_of, torch.device("cpu"))
     assert set(losses) == set(model.logits)
     return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

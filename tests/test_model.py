@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pe_av.checkpoint import build_model
 from pe_av.config import CodecConfig, ParallelConfig
-from pe_av.evaluation.embed import Embedder
+from pe_av.evaluation.embedder import Embedder
 from pe_av.model.codec import CodecEncoder
 from pe_av.model.pe_audio_video import PEAudioVideo, PEAudioVideoOutput
 from pe_av.training.parallel import parallelize

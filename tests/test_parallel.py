@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pe_av.checkpoint import CheckpointError
 from pe_av.config import ConfigError, LossConfig, ModelConfig, OptimConfig, ParallelConfig
-from pe_av.evaluation.embed import Embedder
+from pe_av.evaluation.embedder import Embedder
 from pe_av.loss import contrastive_loss
 from pe_av.model.pe_audio_video import PEAudioVideo
 from pe_av.ranks import process_group, rank, world_size

@@ -1,4 +1,4 @@
-"""Shards read as a stream: the same samples from every place, in an order that goes on exactly, come what may."""
+"""Shards read as a stream: the same samples from every place, in an order that resumes exactly, and what can fail."""
 
 import functools
 import io
@@ -7,8 +7,6 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import tarfile
 import tempfile
 import threading
@@ -22,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from batches import kill_and_resume
 from test_data import write_clip
 from test_media import write_audio, write_wav
 from test_processor import make_config, make_tokenizer
@@ -36,12 +35,11 @@ from pe_av.loading.stream import StreamLoader
 from pe_av.media.processor import Processor
 
 # webdataset, moto and fsspec are imported where they are used: the workers import this file for `read`, and need none
-ROOT = Path(__file__).parent.parent
 SHARDS, SAMPLES = 7, 11  # no multiples of each other, of the batches or of the windows
 
 
 def write_shards(folder: Path, shards: int = SHARDS, samples: int = SAMPLES) -> list[str]:
-    """By webdataset's own writer: sample "3-05" is the sixth of the fourth shard, and its sound says so too."""
+    """Shards by webdataset's own writer: sample "3-05" is the sixth of the fourth shard, and its audio says so too."""
     from webdataset import TarWriter
 
     urls = []
@@ -68,7 +66,7 @@ def short_pauses(monkeypatch):
 
 
 def read(clip: Clip) -> dict:
-    """The bytes of the clip's file, or what they say that reading it does."""
+    """Return the bytes of the clip's file, or do what they say: hang, crash or be damaged."""
     content = Path(clip.audio).read_bytes().rstrip(b".").decode()
     if content.startswith("hang"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -78,7 +76,7 @@ def read(clip: Clip) -> dict:
     if content.startswith("bad"):
         return {"id": clip.id, "error": f"{clip.audio}: is bad"}
     if multiprocessing.parent_process() is not None:
-        time.sleep(random.random() * 0.01)  # samples come back in another order than they went
+        time.sleep(random.random() * 0.01)  # items come back in another order
     return {"id": clip.id, "value": content, "captions": clip.captions, "seen": (clip.video, os.getpid())}
 
 
@@ -88,7 +86,7 @@ def together(items: list[dict], picks: list[int]) -> dict:
 
 
 def load(urls, batches: int, state: dict | None = None, batch_size: int = 4, **how) -> list[dict]:
-    """The first batches, each with the state after it."""
+    """The first batches, each with the "state" after it."""
     loader = StreamLoader(urls, read, together, batch_size, **{"seed": 3, "shuffle_window": 10} | how)
     if state is not None:
         loader.load_state_dict(json.loads(json.dumps(state)))
@@ -106,13 +104,13 @@ def values(batches: list[dict]) -> list[str]:
 
 
 def leftovers() -> set[str]:
-    """Files of samples where files in memory and temporary files are kept."""
+    """Files of samples that were left in shared memory or in the folder of temporary files."""
     places = [Path("/dev/shm"), Path(tempfile.gettempdir())]
     return {str(path) for place in places if place.is_dir() for path in place.iterdir() if "clip" in path.name}
 
 
 def in_order(urls: list[str]) -> list[str]:
-    """What webdataset reads of the shards, as it does it."""
+    """The contents of the samples as webdataset reads them."""
     from webdataset import WebDataset
 
     return [s["wav"].rstrip(b".").decode() for s in WebDataset(urls, shardshuffle=False)]
@@ -250,7 +248,7 @@ def test_ranks_share_every_epoch_and_all_batches_are_full(folder, world):
 
 
 def test_a_window_is_all_that_is_held_and_shuffles_well(folder, monkeypatch):
-    """Positions move by less than a window, all of them, and no more samples are alive than the window has."""
+    """Every sample moves by less than a window, and no more samples are alive than the window has."""
     total = SHARDS * SAMPLES
     for window in (1, 2, 10, 30, 77, 500):
         alive = [0]
@@ -274,7 +272,7 @@ def test_a_window_is_all_that_is_held_and_shuffles_well(folder, monkeypatch):
         assert most[0] <= min(window, total) + 3  # the one being handed out, and the one being read
         if window >= 10:
             assert (moved != 0).mean() > 0.75 and len(set(moved)) > min(window, total) / 3
-    # each row gets a number of its own, other ones in every epoch
+    # each row has a pick of its own, another one in every epoch
     first, second = (load(f"{folder}/*.tar", 1, state, batch_size=77)[0] for state in (None, found_state(folder)))
     assert sorted(first["values"]) == sorted(second["values"])
     picks = [dict(zip(batch["values"], batch["picks"], strict=True)) for batch in (first, second)]
@@ -282,7 +280,7 @@ def test_a_window_is_all_that_is_held_and_shuffles_well(folder, monkeypatch):
 
 
 def found_state(folder: Path) -> dict:
-    """After exactly one epoch."""
+    """The state after exactly one epoch."""
     return load(f"{folder}/*.tar", 1, batch_size=77)[-1]["state"]
 
 
@@ -313,7 +311,7 @@ def test_workers_bring_the_same_and_go_on_in_any_number(folder):
 
 
 def test_little_is_read_again(folder, monkeypatch):
-    """Before the first batch: what the window spans, and what lies before it in its shard."""
+    """Resuming reads the span of the window, and what lies before it in its shard."""
     whole = load(f"{folder}/*.tar", 80, shuffle_window=15)
     opened = []
 
@@ -337,7 +335,7 @@ def test_little_is_read_again(folder, monkeypatch):
     for stop in range(79):
         opened.clear()
         load(f"{folder}/*.tar", 1, whole[stop]["state"], shuffle_window=15)
-        # at the end of an epoch a window begins before the one before it is through: two of them
+        # two windows, since at the end of an epoch one begins before the last is handed out
         assert sum(file.count for file in opened) / size <= 2 * 15 + SAMPLES + 4 + 2
     spans = []
     for batch in whole:
@@ -354,77 +352,36 @@ def test_the_state_of_another_stream_is_refused(folder):
         ({"seed": 4}, "the seed was 3, now 4"),
         ({"shuffle_shards": False}, "the setting of shuffle_shards was True, now False"),
     ):
-        with pytest.raises(ConfigError, match=f"cannot go on where the data stopped: {message}"):
+        with pytest.raises(ConfigError, match=f"the data cannot be resumed: {message}"):
             load(f"{folder}/*.tar", 1, state, **how)
     with pytest.raises(ConfigError, match="the number of shards was 7, now 3"):
         load(f"{folder}/{{000..002}}.tar", 1, state)
     with pytest.raises(ConfigError, match="the checksum of the shards' names was"):
         load([f"{folder}/{{000..005}}.tar", f"{folder}/000.tar"], 1, state)
-    with pytest.raises(ConfigError, match="that was no stream of shards"):
+    with pytest.raises(ConfigError, match=r"the state is not of a stream of shards, as it has no names"):
         load(f"{folder}/*.tar", 1, {"epoch": 0, "batch": 3, "clips": 7, "seed": 3, "rows": 4})
     signed = [[f"{folder}/00{i}.tar?signature={which}" for i in range(3)] for which in "ab"]
     assert len({StreamLoader(urls, read, together, 2).state_dict()["names"] for urls in signed}) == 1
 
 
-RANK = """
-import json, os, sys
-sys.path[:0] = [{root!r}, {tests!r}]
-from test_stream import StreamLoader, read, together
-if __name__ == "__main__":
-    folder, urls, workers, batches = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
-    loader = StreamLoader(urls, read, together, 4, seed=3, shuffle_window=10, num_workers=workers, time_limit=30)
-    saved, log, done = f"{{folder}}/state.json", open(f"{{folder}}/log.jsonl", "a"), 0
-    if os.path.exists(saved):
-        done, state = json.load(open(saved))
-        loader.load_state_dict(state)
-    for batch in loader:
-        done += 1
-        print(json.dumps([done, batch["values"]]), file=log, flush=True)
-        with open(saved + ".part", "w") as file:  # a checkpoint after every step
-            json.dump([done, loader.state_dict()], file)
-        os.replace(saved + ".part", saved)
-        if done >= batches:
-            break
-    os._exit(0)
-"""
-
-
-def kill_and_resume(folder: Path, urls: str, whole: list[dict], chance: random.Random, workers: tuple) -> None:
-    batches, script = len(whole), folder / "rank.py"
-    script.write_text(RANK.format(root=str(ROOT), tests=str(ROOT / "tests")))
-
-    def start(workers: int) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, str(script), str(folder), urls, str(workers), str(batches)])
-
-    process, before = start(workers[0]), leftovers()
-    stop, log = chance.randrange(1, batches), folder / "log.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") >= stop):
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert log.read_text().count("\n") < batches
-    assert start(workers[1]).wait(timeout=120) == 0
-    steps: dict[int, list[str]] = {}
-    for line in log.read_text().splitlines():
-        number, found = json.loads(line)
-        assert steps.setdefault(number, found) == found  # one that was repeated is the same
-    assert [steps[number] for number in range(1, batches + 1)] == [batch["values"] for batch in whole]
+def check_a_kill(folder: Path, urls: str, seed: int, workers: tuple[int, int]) -> None:
+    batches, before = 60, leftovers()
+    make = f"StreamLoader({urls!r}, read, together, 4, seed=3, shuffle_window=10, num_workers=workers, time_limit=30)"
+    killed_at, seen = kill_and_resume(folder, "test_stream", make, "values", batches, seed, workers)
+    assert killed_at < batches
+    assert seen == [batch["values"] for batch in load(urls, batches)]
     assert leftovers() == before
 
 
 def test_after_a_kill_the_stream_goes_on_where_it_was(folder, tmp_path, s3):
     """From an S3 server, in the third epoch, with another number of workers."""
-    urls = "s3://corpus/train/*.tar"
-    kill_and_resume(tmp_path, urls, load(urls, 60), random.Random(1), workers=(2, 1))
+    check_a_kill(tmp_path, "s3://corpus/train/*.tar", 1, workers=(2, 1))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trial", range(20))
 def test_after_twenty_kills_the_stream_goes_on_where_it_was(folder, tmp_path, trial):
-    urls = f"{folder}/*.tar"
-    workers = (2, 2 if trial % 2 else 3)
-    kill_and_resume(tmp_path, urls, load(urls, 60), random.Random(trial), workers)
+    check_a_kill(tmp_path, f"{folder}/*.tar", trial, workers=(2, 2 if trial % 2 else 3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -432,7 +389,7 @@ def test_after_twenty_kills_the_stream_goes_on_where_it_was(folder, tmp_path, tr
 
 
 def test_a_torn_shard_costs_only_what_it_lost(folder, tmp_path):
-    """Wherever it is cut, on the edge of a file too, where a tar reader sees nothing wrong."""
+    """Wherever it is cut, also at the end of a file, where a tar reader notices nothing."""
     whole = (folder / "000.tar").read_bytes()
     with tarfile.open(folder / "000.tar") as tar:
         ends = [m.offset_data + m.size for m in tar if m.name.endswith(".wav")]
@@ -482,13 +439,13 @@ def test_shards_that_fail_are_told_of_and_the_stream_goes_on(folder, tmp_path):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_a_rank_whose_only_shard_is_torn_goes_on_with_its_next_epoch(folder, tmp_path, world):
-    """As many shards as ranks: in every epoch one rank has nothing but the torn one."""
+    """With as many shards as ranks, in every epoch one rank has only the torn one."""
     whole = [f"{folder}/00{number}.tar" for number in range(world - 1)]
     (tmp_path / "torn.tar").write_bytes((folder / "003.tar").read_bytes()[:700])
     urls = [*whole, str(tmp_path / "torn.tar")]
     for rank in range(world):
         found = load(urls, 12 * SAMPLES, batch_size=1, rank=rank, world=world)
-        assert set(values(found)) == set(in_order(whole))  # all that there is
+        assert set(values(found)) == set(in_order(whole))  # everything that can be read
         assert {item["id"] for batch in found for item in batch["bad"]} == {urls[-1]}
         for stop in (SAMPLES // 2, SAMPLES, 3 * SAMPLES):
             rest = load(urls, 2 * SAMPLES, found[stop]["state"], batch_size=1, rank=rank, world=world)
@@ -507,7 +464,9 @@ def test_no_shard_at_all_ends_with_the_first_reason(folder, tmp_path):
             load(f"{tmp_path}/empty.tar", 1, num_workers=workers)
     with pytest.raises(ConfigError, match=r"/nowhere/\*.tar: no such shards"):
         load("/nowhere/*.tar", 1)
-    with pytest.raises(ConfigError, match="7 shards for 8 ranks, of which each needs its own: pack smaller shards"):
+    with pytest.raises(
+        ConfigError, match="7 shards are too few for 8 ranks, as each needs one of its own: pack smaller shards"
+    ):
         load(f"{folder}/*.tar", 1, world=8)
     with pytest.raises(ConfigError, match="the braces do not match; write a range as {000..127}"):
         shard_urls("s3://b/{000..127.tar")
@@ -530,7 +489,7 @@ def test_without_credentials_the_remedy_is_named(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("parts", [False, True], ids=["whole", "in parts"])
 def test_a_network_that_fails_now_and_then_costs_nothing(folder, serve, monkeypatch, parts):
-    """Every other answer is an error or breaks off midway; what was read is not read again as something else."""
+    """Two of three answers are errors or break off midway; no sample is lost or comes twice."""
     answers = Counter()
 
     class Failing(Quiet):
@@ -568,7 +527,7 @@ def test_a_network_that_fails_now_and_then_costs_nothing(folder, serve, monkeypa
 
 
 def test_closing_does_not_wait_for_a_server(folder, serve, monkeypatch):
-    """Whether the reading waits for its next attempt, or has a window of samples before it."""
+    """Neither while reading waits for its next attempt, nor while it fills a window."""
 
     class Broken(Quiet):
         def do_GET(self):
@@ -578,7 +537,7 @@ def test_closing_does_not_wait_for_a_server(folder, serve, monkeypatch):
 
     monkeypatch.setattr(remote, "PAUSES", (1000.0,))
     for urls in (f"{serve(Broken)}/{{000..003}}.tar", f"{folder}/*.tar"):
-        how = dict(num_workers=1, shuffle_window=10**9)  # which no epoch fills, so that there is always more to read
+        how = dict(num_workers=1, shuffle_window=10**9)  # no epoch fills the window, so reading never ends
         loader = StreamLoader(urls, read, together, 10**6, **how)
         threading.Timer(1.0, loader.close).start()
         started = time.monotonic()
@@ -681,7 +640,7 @@ def test_a_sample_that_hangs_or_kills_its_worker_costs_only_itself(tmp_path):
 
 
 def test_media_in_a_stream_are_what_the_files_are(tmp_path):
-    """Every kind of file, decoded in a worker from memory, against the same file read from the disk."""
+    """Every kind of file, decoded by a worker from memory, against the same file decoded from disk."""
     from webdataset import TarWriter
 
     processor = Processor(make_config(max_tokens=16, num_frames=2), make_tokenizer())

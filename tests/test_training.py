@@ -150,7 +150,7 @@ def test_bad_items_are_counted_once_each(tmp_path: Path):
     bad = BadItems(tmp_path, total=20, max_fraction=0.05)
     for _ in range(3):
         bad.add(5, [{"id": "a", "error": "torn"}], [{"id": str(i), "error": "no audio track"} for i in range(9)])
-    with pytest.raises(ConfigError, match="2 of 20 items read cannot be used, more than max_bad_fraction=0.05"):
+    with pytest.raises(ConfigError, match="2 of 20 items read are damaged, more than max_bad_fraction=0.05"):
         bad.add(5, [{"id": "b", "error": "torn"}])
     assert len((tmp_path / "bad_items.jsonl").read_text().splitlines()) == 2
     assert len((tmp_path / "partial_items.jsonl").read_text().splitlines()) == 9
@@ -186,7 +186,7 @@ def test_the_limit_is_on_what_was_read_and_not_on_what_there_is(tmp_path: Path):
         ('{"path": 3, "caption": "x"}', ':1: no text under "path"'),
         ('{"path": "a", "caption": [1]}', ':1: no text under "caption"'),
         ('{"path": "a", "caption": "x", "start": 3, "end": 2}', ":1: end=2 is not after start=3"),
-        ('{"path": "a", "caption": "x"}\n{"path": "a", "caption": "y"}', "1 ids stand more than once"),
+        ('{"path": "a", "caption": "x"}\n{"path": "a", "caption": "y"}', "1 repeated ids"),
     ],
 )
 def test_a_manifest_that_is_none_is_refused(text: str, message: str, tmp_path: Path):

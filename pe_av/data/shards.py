@@ -29,7 +29,8 @@ from rich.console import Console
 from rich.progress import track
 
 from pe_av.config import ConfigError
-from pe_av.data.manifest import CAPTION_COLUMNS, Clip, Manifest, checked_clip, read_manifest
+from pe_av.data.manifest import Clip, Manifest, checked_clip, read_manifest
+from pe_av.data.manifest_formats import CAPTION_COLUMNS
 
 AUDIO = {"wav", "flac", "mp3", "ogg", "opus", "oga", "m4a", "aac", "wma", "aiff", "aif"}
 VIDEO = set("mp4 m4v mov mkv webm avi mpg mpeg ts mts m2ts flv wmv ogv 3gp gif".split())  # with or without audio

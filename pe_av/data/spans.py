@@ -1,4 +1,4 @@
-"""Recordings with captions and the times that they are about, for frame-level training: manifest, reader, batches."""
+"""Recordings with a caption and the spans of time that it is about, for frame-level training: manifest and reader."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pe_av.config import ConfigError
-from pe_av.data.manifest import SURROGATE, jsonl_rows
+from pe_av.data.manifest_formats import SURROGATE, jsonl_rows
 from pe_av.media.processor import Processor
 
 
@@ -15,17 +15,17 @@ class SpanClip:
     """One line of a manifest."""
 
     id: str
-    audio: str  # file with the sound
+    audio: str  # file with the audio
     caption: str
     spans: list[list[float]]  # [start_s, end_s] of what the caption is about
-    video: str | None = None  # never read: what a loader names in errors, where a clip has one
+    video: str | None = None  # never read: a loader's messages name it, where a clip has one
 
 
 def read_span_manifest(path: Path) -> list[SpanClip]:
     """The lines {"path", "caption", "spans"} of a JSONL file; relative paths start from its folder.
 
     Raises:
-        ConfigError: no such file, no lines, or a line that is not like that, which is named.
+        ConfigError: no such file, no lines, or a line of another form, which the message names.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such manifest")
@@ -39,8 +39,7 @@ def read_span_manifest(path: Path) -> list[SpanClip]:
         for text in (source, caption):
             if SURROGATE.search(text):
                 raise ConfigError(f"{where}: {ascii(text)} is not UTF-8; correct it, or save the file as UTF-8")
-        # a recording may stand in several lines, with other captions
-        number = where.rpartition(":")[2]
+        number = where.rpartition(":")[2]  # part of the id, because several lines may be about one recording
         spans = [[float(start), float(end)] for start, end in spans]
         clips.append(SpanClip(f"{number}:{source}", str(path.parent / source), caption, spans))
     if not clips:
@@ -61,7 +60,7 @@ def _is_span(value: Any) -> bool:
 
 
 class SpanReader:
-    """Decodes a recording: {"id", "caption", "spans", "waveform"}, or "error" in place of the last."""
+    """Decodes a recording: {"id", "caption", "spans", "waveform"}, or "error" instead of the waveform."""
 
     def __init__(self, processor: Processor, max_seconds: float):
         self.processor, self.max_seconds = processor, max_seconds
@@ -70,5 +69,5 @@ class SpanReader:
         item: dict[str, Any] = {"id": clip.id, "caption": clip.caption, "spans": clip.spans}
         try:
             return item | {"waveform": self.processor.audio_item(clip.audio, max_seconds=self.max_seconds)}
-        except Exception as error:  # whatever a decoder comes up with is one bad item and never the end
+        except Exception as error:  # whatever a decoder raises costs this recording, and not the run
             return item | {"error": str(error) or f"{clip.audio}: {type(error).__name__}"}

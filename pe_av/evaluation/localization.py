@@ -1,31 +1,31 @@
-"""How well frames are told apart: average precision, F1 and intersection over union of what is marked."""
+"""How well PEAudioFrame tells positions apart: average precision, F1 and intersection over union."""
 
 import torch
 from torch import Tensor
 
 
 def localization_metrics(scores: list[Tensor], targets: list[Tensor], threshold: float) -> dict[str, float]:
-    """Over recordings, each (frames,) scores and bool targets.
-
+    """
+    Args:
+        scores, targets: of each recording, (positions,) probabilities and bool.
+        threshold: positions with a higher score are marked.
     Returns:
-        in percent: "AP", mean over recordings of the average precision of their frames; "F1" of all frames at the
-        threshold; "IoU", mean over recordings of marked ∩ target / marked ∪ target; and "chance AP", the share of
-        target frames. "best F1" is that of all frames at the "best threshold", a probability: that of training depends
-        on its batches, in which most captions are of other recordings. "recordings": how many there were.
+        "AP", the average precision of the positions of a recording, and "IoU", marked ∩ target / marked ∪ target, both
+        averaged over the recordings; "F1" of all positions; "best F1", the highest that any threshold gives, and that
+        "best threshold"; "chance AP", the share of target positions; and "recordings", their number. All but the
+        threshold and the number are in percent. The best threshold may differ from 0.5, because in the batches of
+        training most captions belong to other recordings.
     """
     precisions, unions = [], []
     hits = marked_total = target_total = 0
     for score, target in zip(scores, targets, strict=True):
         marked = score > threshold
         both = (marked & target).sum().item()
-        hits, marked_total, target_total = (
-            hits + both,
-            marked_total + marked.sum().item(),
-            target_total + target.sum().item(),
-        )
+        hits += both
+        marked_total += marked.sum().item()
+        target_total += target.sum().item()
         unions.append(both / max((marked | target).sum().item(), 1))
         precisions.append(average_precision(score, target))
-    frames = sum(len(target) for target in targets)
     best, best_threshold = best_f1(torch.cat(scores), torch.cat(targets))
     return {
         "AP": 100 * sum(precisions) / len(precisions),
@@ -33,30 +33,30 @@ def localization_metrics(scores: list[Tensor], targets: list[Tensor], threshold:
         "best F1": 100 * best,
         "best threshold": best_threshold,
         "IoU": 100 * sum(unions) / len(unions),
-        "chance AP": 100 * target_total / frames,
+        "chance AP": 100 * target_total / sum(len(target) for target in targets),
         "recordings": len(targets),
     }
 
 
 def best_f1(score: Tensor, target: Tensor) -> tuple[float, float]:
-    """The highest F1 that a threshold gives, and the lowest score that is then marked."""
-    values, found, taken = _found(score, target)
-    f1 = 2 * found / (taken + target.sum())
+    """The highest F1 that a threshold gives, and the lowest score that is marked then."""
+    values, hits, marked = _cumulative(score, target)
+    f1 = 2 * hits / (marked + target.sum())
     return f1.max().item(), values[f1.argmax()].item()
 
 
 def average_precision(score: Tensor, target: Tensor) -> float:
-    """Σ precision · recall gained, over the distinct scores from the highest down; 0 where nothing is a target."""
+    """Σ precision · gain in recall, over the distinct scores from the highest down; 0 without a target."""
     if not target.any():
         return 0.0
-    _, found, taken = _found(score, target)
-    gained = torch.diff(found, prepend=torch.zeros(1, dtype=torch.float64)) / target.sum()
-    return (found / taken * gained).sum().item()
+    _, hits, marked = _cumulative(score, target)
+    gained = torch.diff(hits, prepend=torch.zeros(1, dtype=torch.float64)) / target.sum()
+    return (hits / marked * gained).sum().item()
 
 
-def _found(score: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The distinct scores from the highest down; how many targets, and how many frames, reach each."""
+def _cumulative(score: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The distinct scores from the highest down, and how many targets and how many positions reach each."""
     order = score.argsort(descending=True)
-    found = target[order].double().cumsum(0)
+    hits = target[order].double().cumsum(0)
     last = torch.cat((score[order][1:] != score[order][:-1], torch.ones(1, dtype=torch.bool)))  # of equal scores
-    return score[order][last], found[last], torch.arange(1, len(score) + 1, dtype=torch.float64)[last]
+    return score[order][last], hits[last], torch.arange(1, len(score) + 1, dtype=torch.float64)[last]

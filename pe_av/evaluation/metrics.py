@@ -1,8 +1,8 @@
 """Zero-shot retrieval: the rank of every query's true item in a gallery, and the recalls that follow from the ranks.
 
-A clip may have several captions, and a caption several clips. A caption stands in the gallery once, every one is a
-query once, and what is found is the first of the true items. So five captions per clip are evaluated as is usual, and
-with labels for captions, R@1 of audio->text is the accuracy of classifying among them.
+A clip may have several captions, and a caption several clips. Every different caption is in the gallery once and is a
+query once, and the rank of a query is that of the best of its true items. So five captions per clip are evaluated as is
+usual, and where the captions are labels, R@1 of audio->text is the accuracy of zero-shot classification.
 """
 
 import numpy as np
@@ -17,11 +17,11 @@ EMBEDDINGS = tuple(dict.fromkeys(name for pairing in PAIRINGS.values() for name 
 
 
 def public_name(embedding: str) -> str:
-    """What a reader calls an embedding: text_audio -> text, audio_plus_text -> audio+text."""
+    """The name of an embedding in directions: text_audio -> text, audio_plus_text -> audio+text."""
     return "text" if embedding.startswith("text_") else embedding.replace("_plus_", "+")
 
 
-# "query->gallery" -> (query embedding, gallery embedding): every pairing, there and back
+# "query->gallery" -> (query embedding, gallery embedding): both directions of every pairing
 DIRECTIONS: dict[str, tuple[str, str]] = {
     f"{public_name(query)}->{public_name(gallery)}": (query, gallery)
     for left, right in PAIRINGS.values()
@@ -33,22 +33,22 @@ DIRECTIONS: dict[str, tuple[str, str]] = {
 def retrieval_ranks(
     queries: Tensor, gallery: Tensor, target: Tensor | None = None, chunk: int = 1024, shared: bool = False
 ) -> Tensor:
-    """1-based rank of each query's true item when the gallery is sorted by dot product, ties lost.
+    """The 1-based rank of each query's true item in the gallery, sorted by dot product.
 
-    Every other item that scores as high as the true one is ranked before it, so that a collapsed model, which gives
-    all items one embedding, gets the last rank and not the first.
+    Items with the score of the true one are ranked before it, so that a collapsed model, which gives all items the same
+    embedding, gets the last rank and not the first.
 
     Args:
         queries: (Q, D), any floating type and device.
         gallery: (G, D), on the same device.
-        target: (Q,) index of each query's true item in the gallery, or (Q, M), filled up with -1, of all its true
-            items: the rank is that of the first of them, and the others do not count. None: item i belongs to query i.
-        chunk: queries scored at a time; memory grows with chunk × G, never with Q × G.
-        shared: all ranks call this with the same arguments and share the chunks out.
+        target: (Q,) index in the gallery of each query's true item, or (Q, M), padded with -1, of its true items: the
+            rank is that of the best of them among the other items. None: item i is true for query i.
+        chunk: queries scored at a time; memory grows with chunk × G, not with Q × G.
+        shared: all ranks call this with the same arguments and share the chunks.
     Returns:
         (Q,) int64 ranks, 1 … G.
     Raises:
-        ValueError: embeddings that are not finite, shapes that do not fit, or a target outside the gallery.
+        ValueError: embeddings are not finite, shapes do not match, or a target is outside the gallery.
     """
     if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
         raise ValueError(f"queries {tuple(queries.shape)} and gallery {tuple(gallery.shape)} are not (Q, D) and (G, D)")
@@ -67,14 +67,14 @@ def retrieval_ranks(
     if not len(queries):
         return torch.empty(0, dtype=torch.int64, device=queries.device)
     target = target.to(queries.device, torch.int64).reshape(len(queries), -1)
-    some = target.amax(1, keepdim=True)  # a true item of each query
-    if int(some.min()) < 0 or int(some.max()) >= len(gallery) or int(target.min()) < -1:
+    any_true = target.amax(1, keepdim=True)  # one true item of each query, which takes the place of the padding
+    if int(any_true.min()) < 0 or int(any_true.max()) >= len(gallery) or int(target.min()) < -1:
         raise ValueError(f"target holds {int(target.min())} … {int(target.max())}, outside 0 … {len(gallery) - 1}")
-    target = target.where(target >= 0, some)
+    target = target.where(target >= 0, any_true)
 
-    # float64, because autocast and TF32 leave it alone, and rounding then orders only what is equal to 15 digits
+    # float64: autocast and TF32 do not touch it, and rounding can only reorder scores that agree to 15 digits
     queries = queries.double()
-    # each distinct item is scored once: a matrix product may round equal columns differently, and they must tie
+    # each distinct item is scored once, since a matrix product may round equal columns differently and they must tie
     distinct, item = gallery.double().unique(dim=0, return_inverse=True)
     ranks = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
     starts = range(0, len(queries), chunk)
@@ -85,22 +85,22 @@ def retrieval_ranks(
         scores.scatter_(1, target[rows], -torch.inf)
         ranks[rows] = 1 + (scores >= best).sum(1)
     if shared and world_size() > 1:
-        dist.all_reduce(ranks)  # zeros but for one rank each
+        dist.all_reduce(ranks)  # each query's rank is zero except on the process that has computed it
     return ranks
 
 
 def retrieval_metrics(ranks: Tensor, gallery_size: int, true_items: float = 1.0) -> dict[str, float | int]:
-    """What is reported about the ranks of one direction.
+    """The figures of one direction, as plain numbers for JSON.
 
     Args:
         ranks: (Q,) 1-based ranks, at least one.
-        gallery_size: items that each query was compared with.
-        true_items: how many of them are right for a query, in the mean.
+        gallery_size: number of items that each query was compared with.
+        true_items: how many of them are true for a query, on average.
     Returns:
-        R@1, R@5, R@10 (percent of queries whose item is among the first k), chance (R@1 of a guess), MedR and MeanR
-        (median and mean rank), MRR (mean of 1 / rank), queries and gallery (how many); plain numbers, ready for JSON.
+        R@1, R@5, R@10 (percent of queries with a true item among the first k), chance (R@1 of a guess), MedR and MeanR
+        (median and mean rank), MRR (mean of 1 / rank), queries and gallery (their numbers).
     Raises:
-        ValueError: no ranks, or one outside 1 … gallery_size.
+        ValueError: there are no ranks, or one is outside 1 … gallery_size.
     """
     values = ranks.cpu().numpy()
     if not len(values):
@@ -125,26 +125,27 @@ def evaluate_embeddings(
     captions: Tensor | None = None,
     shared: bool = False,
 ) -> dict[str, dict[str, float | int]]:
-    """Retrieval in every direction whose two sides are there.
+    """Retrieval in every direction of which both embeddings are given.
 
     Args:
-        embeds: (N, D) by name (`EMBEDDINGS`); row i of each belongs to clip i.
-        valid: name -> (N,) bool, False where a clip has no such embedding: in a direction only clips that have both
-            sides are queries and gallery. None, or not named: all have it.
-        texts: name, of those that are text alone -> (T, D) of every different caption, and
-        captions: (N, M) int64, filled up with -1, which of them are each clip's. None: `embeds` has one text per clip.
-        shared: all ranks call this with the same arguments and share the work out.
+        embeds: name (`EMBEDDINGS`) -> (N, D); row i of each belongs to clip i.
+        valid: name -> (N,) bool, whether a clip has the embedding: only clips with both embeddings of a direction are
+            queries and gallery. None, or a name that is missing: all clips have it.
+        texts: name of an embedding of text alone -> (T, D), of all different captions. None: each clip has one caption,
+            whose embeddings are in `embeds`.
+        captions: with `texts`, (N, M) int64, which of the T texts are captions of each clip, padded with -1.
+        shared: all ranks call this with the same arguments and share the work.
     Returns:
-        direction, e.g. "text->audio", -> `retrieval_metrics`.
+        direction, such as "text->audio" -> `retrieval_metrics`.
     Raises:
-        ValueError: a name that no direction uses, or what `retrieval_ranks` refuses, naming the direction.
+        ValueError: a name that no direction uses, or what `retrieval_ranks` raises, with the direction.
     """
     unknown = sorted(embeds.keys() - set(EMBEDDINGS))
     if unknown:
         raise ValueError(f"unknown embeddings {', '.join(unknown)}; known are {', '.join(EMBEDDINGS)}")
     if len({len(rows) for rows in embeds.values()}) > 1:
-        found = ", ".join(f"{len(rows)} {name}" for name, rows in embeds.items())
-        raise ValueError(f"embeddings of different numbers of clips: {found}")
+        counts = ", ".join(f"{len(rows)} {name}" for name, rows in embeds.items())
+        raise ValueError(f"embeddings of different numbers of clips: {counts}")
     metrics = {}
     for direction, (query, gallery) in DIRECTIONS.items():
         if query not in embeds or gallery not in embeds:
@@ -157,9 +158,9 @@ def evaluate_embeddings(
             continue
         queries, items, target = embeds[query][rows], embeds[gallery][rows], None
         if texts and query in texts:
-            queries, _, target = _captions(texts[query], captions[rows])
+            queries, _, target = _used_captions(texts[query], captions[rows])
         elif texts and gallery in texts:
-            items, target, _ = _captions(texts[gallery], captions[rows])
+            items, target, _ = _used_captions(texts[gallery], captions[rows])
         try:
             ranks = retrieval_ranks(queries, items, target, shared=shared)
         except ValueError as error:
@@ -169,8 +170,16 @@ def evaluate_embeddings(
     return metrics
 
 
-def _captions(texts: Tensor, captions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The texts that these clips use, (N, M) which of them are each clip's, and (T, M') of which clips each is."""
+def _used_captions(texts: Tensor, captions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The captions of some clips, of which each is used at least once.
+
+    Args:
+        texts: (T, D) of all captions.
+        captions: (N, M) which of the T texts are captions of each clip, padded with -1.
+    Returns:
+        (T', D) of the captions that these clips have, (N, M) which of the T' each clip has, and (T', M') which of the
+        N clips have each; the last two padded with -1.
+    """
     used, target = captions.unique(return_inverse=True)
     if used[0] < 0:
         used, target = used[1:], target - 1

@@ -1,4 +1,4 @@
-"""What a person reads about a run: the table of recalls, `metrics.json`, loss curves and similarity matrices."""
+"""Reports of a run or an evaluation: the table of recalls, `metrics.json`, loss curves and similarity matrices."""
 
 import json
 import os
@@ -28,10 +28,10 @@ GREY = "0.45"
 
 
 def print_table(metrics: Mapping[str, Mapping[str, float]]) -> None:
-    """Every direction of `metrics` as a table on standard output, beside what guessing would reach.
+    """Print a table of every direction, with the recall of guessing, to standard output.
 
     Args:
-        metrics: direction -> `retrieval_metrics`; keys that are no direction (`write_metrics` adds some) are left out.
+        metrics: direction -> `retrieval_metrics`; other keys, such as `write_metrics` adds, are ignored.
     """
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption="recalls and chance R@1 in percent")
     table.add_column("direction", no_wrap=True)
@@ -54,20 +54,20 @@ def print_table(metrics: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def write_metrics(path: str | Path, metrics: Mapping[str, Any], **extra: Any) -> None:
-    """`metrics` as JSON, with `extra` (the step, the checkpoint, …) as further keys beside the directions.
+    """Write `metrics` as JSON, with `extra` (the step, the checkpoint, …) as further keys.
 
-    The file is replaced in one move, so that a reader or an interruption never meets half of it.
+    The file is replaced atomically: no reader and no interruption leaves half of it.
 
     Raises:
-        ValueError: an extra key that is also a metric, or a number that JSON cannot hold (NaN, infinity).
+        ValueError: an extra key is also a metric, or a number is NaN or infinite, which JSON does not have.
     """
     clash = sorted(metrics.keys() & extra.keys())
     if clash:
-        raise ValueError(f"{', '.join(clash)}: given as a metric and as an extra key")
+        raise ValueError(f"{', '.join(clash)}: both a metric and an extra key")
     text = json.dumps({**metrics, **extra}, indent=2, allow_nan=False) + "\n"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.tmp")  # in the same folder, where renaming is atomic
+    unfinished = path.with_name(f"{path.name}.tmp")  # in the same folder, since renaming is atomic only there
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
 
@@ -75,12 +75,11 @@ def write_metrics(path: str | Path, metrics: Mapping[str, Any], **extra: Any) ->
 def plot_losses(
     history: Sequence[Mapping[str, float]], path: str | Path, evaluations: Sequence[Mapping[str, float]] = ()
 ) -> None:
-    """Loss over steps, the sum and each pairing, and beside it R@1 over steps, as a PNG.
+    """Write a PNG of the loss over the steps, in total and by pairing, and beside it of R@1 over the steps.
 
     Args:
-        history: rows of {"step", "loss", "<pairing>_loss", …}; a row may lack any but the step.
-        path: the PNG to write.
-        evaluations: rows of {"step", "R@1/<direction>": percent, …}; without any recalls the loss is shown alone.
+        history: rows of {"step", "loss", "<pairing>_loss", …}, of which only the step is required.
+        evaluations: rows of {"step", "R@1/<direction>": percent, …}; without recalls only the loss is drawn.
     """
     recalls = any(key.startswith("R@1/") for row in evaluations for key in row)
     figure = Figure(figsize=(13 if recalls else 7, 4.6), dpi=150, layout="constrained")
@@ -96,7 +95,7 @@ def plot_losses(
     others = sorted(
         {key for row in history for key in row if key.endswith("_loss")} - {f"{name}_loss" for name in PAIRINGS}
     )
-    for key in others:  # pairings of one's own, loss.pairings
+    for key in others:  # the user's own loss.pairings
         _curve(panels[0], history, key, linewidth=1, linestyle="--", label=key.removesuffix("_loss"))
 
     if recalls:
@@ -104,10 +103,10 @@ def plot_losses(
         pairing_of = {frozenset(sides): pairing for pairing, sides in PAIRINGS.items()}
         for direction, (query, gallery) in DIRECTIONS.items():
             pairing = pairing_of[frozenset((query, gallery))]
-            there = PAIRINGS[pairing] == (query, gallery)
+            forward = PAIRINGS[pairing] == (query, gallery)
             points = [(row["step"], row[f"R@1/{direction}"]) for row in evaluations if f"R@1/{direction}" in row]
             if points:
-                style = {"marker": "o" if there else "s", "markersize": 3.5, "linestyle": "-" if there else "--"}
+                style = {"marker": "o" if forward else "s", "markersize": 3.5, "linestyle": "-" if forward else "--"}
                 panels[1].plot(*zip(*points, strict=True), color=COLOURS[pairing], label=direction, **style)
 
     for panel in panels:
@@ -123,13 +122,12 @@ def plot_losses(
 def plot_similarity(
     embeds: Mapping[str, Tensor], path: str | Path, valid: Mapping[str, Tensor] | None = None, limit: int = 64
 ) -> None:
-    """Cosine similarity of the first `limit` clips in the six pairings, as a PNG; matched clips are the diagonal.
+    """Write a PNG of the cosine similarities in the six pairings; the diagonals are the matched embeddings.
 
     Args:
-        embeds: (N, D) by name; a pairing without both of its sides is left empty.
-        path: the PNG to write.
-        valid: name -> (N,) bool, False where a clip has no such embedding and is not shown; None: all have it.
-        limit: clips shown.
+        embeds: name -> (N, D); a pairing of which one is missing is left empty.
+        valid: name -> (N,) bool, whether a clip has the embedding; others are not shown. None: all clips have it.
+        limit: the number of clips shown, the first ones.
     """
     cosines = {}
     for pairing, sides in PAIRINGS.items():
@@ -164,14 +162,14 @@ def plot_similarity(
 
 
 def _curve(panel: Axes, history: Sequence[Mapping[str, float]], key: str, **style: Any) -> None:
-    """One loss over steps: every row faintly, and on top their running mean, which is what can be read."""
+    """Draw a loss over the steps: faintly every value, and clearly their running mean."""
     points = [(row["step"], row[key]) for row in history if row.get(key) is not None]
     if not points:
         return
     steps, values = np.array(points, dtype=float).T
     style.setdefault("color", None)
     (faint,) = panel.plot(steps, values, color=style["color"], alpha=0.2, linewidth=0.8)
-    style["color"] = faint.get_color()  # the next of the cycle where none was given
+    style["color"] = faint.get_color()  # if none was given, the next of matplotlib's cycle
     width = max(1, len(values) // 40)
     mean = np.convolve(values, np.full(width, 1 / width), mode="valid")
     panel.plot(steps[width // 2 :][: len(mean)], mean, **style)

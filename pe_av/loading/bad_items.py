@@ -1,4 +1,4 @@
-"""Items that are damaged or lack something: listed in the run's folder, and many damaged ones end the run."""
+"""Damaged and partial items: both are listed in the folder of the run, and too many damaged ones end it."""
 
 import json
 import os
@@ -8,11 +8,14 @@ from typing import Any
 
 from pe_av.config import ConfigError
 
+FEWEST_JUDGED = 200  # the fraction of damaged items is taken of at least so many, where there are as many
+
 
 class BadItems:
-    """Items that are damaged, and items that merely lack something: both are listed, and many damaged end the run.
+    """The lists `bad_items.jsonl` and `partial_items.jsonl`, and the limit on damaged items.
 
-    With several ranks all of them count the items of all, so that all stop at once; rank 0 writes the lists.
+    A damaged item has something that cannot be read, such as a torn file. A partial item merely lacks something, such
+    as the audio of a silent film. Every rank counts the items of all ranks, so that all of them stop at the same batch.
     """
 
     def __init__(
@@ -25,60 +28,59 @@ class BadItems:
     ):
         """
         Args:
-            folder: of `bad_items.jsonl` and `partial_items.jsonl`, lists of {"id", "error"}.
-            total: items that there are.
-            max_fraction: of the items seen, above which `add` raises.
-            writes: whether this process writes the lists.
-            state: `state_dict()` of the run that goes on, to which the lists are cut back; None: they begin anew.
+            folder: of the two lists, whose lines are {"id", "error"}.
+            total: number of items in the data.
+            max_fraction: the fraction of the items read so far that may be damaged; beyond it, `add` raises.
+            writes: whether this process writes the lists: one rank must.
+            state: `state_dict()` of the run to resume; the lists are cut back to it. None: they start empty.
         """
         self.total, self.max_fraction, self.writes = total, max_fraction, writes
         state = {"seen": 0, "bad": 0, "partial": 0} if state is None else state
         self.seen = state["seen"]  # items read so far
         self.files = {name: folder / f"{name}_items.jsonl" for name in ("bad", "partial")}
-        self.reasons = {name: _reasons(path, state[name]) for name, path in self.files.items()}
+        self.reasons = {name: _read_reasons(path, state[name]) for name, path in self.files.items()}
         if writes:
             for name, path in self.files.items():
                 if path.exists():
                     _write_reasons(path, self.reasons[name])
 
     def state_dict(self) -> dict[str, int]:
-        """How much was seen, and how long the lists are."""
+        """The number of items read, and the length of each list."""
         return {"seen": self.seen} | {name: len(reasons) for name, reasons in self.reasons.items()}
 
     def add(self, read: int, bad: Iterable[dict[str, Any]] = (), partial: Iterable[dict[str, Any]] = ()) -> None:
-        """
+        """Count the items of another batch, and list those that are not on the lists yet.
+
         Args:
-            read: items read since the last time.
-            bad, partial: {"id", "error"} of those that are damaged, and of those that lack something.
+            read: number of items.
+            bad, partial: {"id", "error"} of the damaged and of the partial ones.
         Raises:
-            ConfigError: too many are damaged.
+            ConfigError: too many items are damaged.
         """
         self.seen = min(self.seen + read, self.total)
-        last = ""
-        for name, items in (("bad", bad), ("partial", partial)):
-            new = {item["id"]: item["error"] for item in items if item["id"] not in self.reasons[name]}
-            if not new:
-                continue
-            self.reasons[name] |= new
-            last = next(reversed(new.values())) if name == "bad" else last
-            if self.writes:
-                with self.files[name].open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps({"id": key, "error": error}) + "\n" for key, error in new.items())
+        new_bad = self._list("bad", bad)
+        self._list("partial", partial)
         count = len(self.reasons["bad"])
-        # one bad item among the first few says nothing yet
+        # one damaged item among the first few says nothing yet
         judged = max(self.seen, min(self.total, FEWEST_JUDGED))
-        if last and count > self.max_fraction * judged:
+        if new_bad and count > self.max_fraction * judged:
             raise ConfigError(
-                f"{count} of {self.seen} items read cannot be used, more than max_bad_fraction={self.max_fraction:g} "
-                f"allows; the last: {last}; all are listed in {self.files['bad']}"
+                f"{count} of {self.seen} items read are damaged, more than max_bad_fraction={self.max_fraction:g} "
+                f"allows; the last: {new_bad[-1]}; all are listed in {self.files['bad']}"
             )
 
+    def _list(self, name: str, items: Iterable[dict[str, Any]]) -> list[str]:
+        """Append the items that are new to the list; returns their reasons."""
+        new = {item["id"]: item["error"] for item in items if item["id"] not in self.reasons[name]}
+        self.reasons[name] |= new
+        if new and self.writes:
+            with self.files[name].open("a", encoding="utf-8") as file:
+                file.write(_lines(new))
+        return list(new.values())
 
-FEWEST_JUDGED = 200  # items that `max_bad_fraction` is a fraction of, at least, if there are as many
 
-
-def _reasons(path: Path, count: int) -> dict[str, str]:
-    """The first `count` items of a list; a line that is torn, as on a full disk, is none."""
+def _read_reasons(path: Path, count: int) -> dict[str, str]:
+    """id -> error of the first `count` lines of a list; torn lines, as a full disk leaves them, are skipped."""
     reasons: dict[str, str] = {}
     if count and path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -97,6 +99,9 @@ def _write_reasons(path: Path, reasons: Mapping[str, str]) -> None:
         path.unlink()
         return
     unfinished = path.with_name(f"{path.name}.tmp")
-    lines = (json.dumps({"id": key, "error": error}) + "\n" for key, error in reasons.items())
-    unfinished.write_text("".join(lines), encoding="utf-8")
+    unfinished.write_text(_lines(reasons), encoding="utf-8")
     os.replace(unfinished, path)
+
+
+def _lines(reasons: Mapping[str, str]) -> str:
+    return "".join(json.dumps({"id": key, "error": error}) + "\n" for key, error in reasons.items())

@@ -1,12 +1,37 @@
-"""From a clip of a manifest to a batch for the model.
+"""A batch: what it is, and how it is made of the items that were read.
 
-`ClipReader` decodes one clip, in a worker; `Collate` makes a batch of several. What cannot be read is no error here: an
-item carries what could be read and, under "error", why the rest could not. If two of sound, picture and caption are
-left, the item is used; in any case its reason travels through the batch's "bad" list to whoever drives.
+An item is a dict of what was read of one clip: "id", "captions" (kind -> texts), and, as far as the clip has them, its
+audio ("waveform" or "codec_features") and its video ("frames" or "frame_features"). "error" says what of it is damaged,
+"partial" what it lacks. An item is used if two of audio, video and captions are left; the others take no row.
+
+A batch of B rows is a dict:
+
+- "inputs": arguments of the model for audio and video, by name. They have a row only for the clips that have them.
+- "texts": kind of caption -> {"input_ids", "attention_mask"}, again only for the clips that have such a caption.
+- "rows": which rows of the batch those are: "audio", "video", "audio_video" (the clips that have both), "text" and
+  "text@<kind>" -> (n,) ascending row numbers. What no clip has is missing from "inputs", "texts" and "rows".
+- "valid": embedding, such as "audio" or "text_video@visual" -> (B,) bool, whether the clip has what it is made of.
+- "captions": for each row all captions of the kind that stands for None; empty lists if None is not asked for.
+- "caption_keys": kind -> (B,) int64, equal in rows with equal captions, also on different ranks.
+- "ids": those of the B clips. B may be 0.
+- "read": the number of items that were read. "bad", "partial": {"id", "error"} of the damaged and the partial ones.
+
+Three clips, of which the second has no video, give with captions of kind None (T tokens, F frames):
+
+    inputs        input_values (3, 1, samples), padding_mask (3, samples),
+                  pixel_values_videos (2, F, 3, S, S), padding_mask_videos (2, F)
+    texts         {None: {input_ids (3, T), attention_mask (3, T)}}
+    rows          audio [0, 1, 2], video [0, 2], audio_video [0, 2], text [0, 1, 2]
+    valid         audio 111, video 101, audio_video 101, text_audio 111, text_video 111, text_audio_video 111,
+                  audio_plus_text 111, video_plus_text 101
+    captions      [["a dog"], ["rain", "heavy rain"], ["a street"]]
+    caption_keys  {None: three numbers}
+
+`split.py` splits a batch into micro-batches; the batches of PEAudioFrame are in `span_batch.py`.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,42 +41,23 @@ from torch.nn.utils.rnn import pad_sequence
 from pe_av.config import HEADS
 from pe_av.media.processor import Processor, mask_of
 
-# which of a clip's kinds of caption can stand for a kind, best first; None: a caption that tells of everything
+# kind of caption -> the kinds of a clip's own captions that can stand for it, best first; None describes everything
 SUBSTITUTES: dict[str | None, tuple[str | None, ...]] = {
     None: (None, "audio_visual", "audio", "visual"),
     "audio": ("audio", None),
     "visual": ("visual", None),
     "audio_visual": ("audio_visual", None),
 }
-# what the text of an embedding is compared with, and so must not be silent about
-TOLD = {"text_audio": "audio", "audio_plus_text": "audio", "text_video": "visual", "video_plus_text": "visual"}
-
-
-def usable(item: dict[str, Any]) -> bool:
-    """Whether there are two things to pair."""
-    sound, picture = (any(name in item for name in names) for names in (SOUND, PICTURE))
-    return sound + picture + bool(item.get("captions")) >= 2
-
-
-SOUND = ("waveform", "codec_features")
-PICTURE = ("frames", "frame_features")
+# embedding with text -> the kind of caption that describes what it is compared with or joined to
+_DESCRIBED = {"text_audio": "audio", "audio_plus_text": "audio", "text_video": "visual", "video_plus_text": "visual"}
+_ITEM_KEYS = {"audio": ("waveform", "codec_features"), "video": ("frames", "frame_features")}
 
 
 class Collate:
-    """Items -> a batch of B rows, as a dict:
-
-    - "inputs": the model's sound and frames, each only for the rows that have them.
-    - "texts": kind of caption -> {"input_ids", "attention_mask"}, of the kinds asked for, likewise.
-    - "rows": "audio", "video", "audio_video" (both), "text", "text@<kind>" -> (n,) which rows of the batch have it.
-      What no row has is in none of the three.
-    - "valid": embedding, as "audio" or "text_video@visual" -> (B,) bool, whether the row has what it is made of.
-    - "captions": per row, all captions of the kind that stands for None; none of them if None is not asked for.
-    - "caption_keys": kind -> (B,) int64, equal where captions are equal, in every process.
-    - "ids": of the rows, of which there may be none. "read": how many items there were.
-    - "bad", "partial": [{"id", "error"}] of items that are damaged, and of items that merely lack something.
+    """Makes a batch of items.
 
     Args:
-        kinds: the kinds of caption that the loss compares with; None: one caption for all.
+        kinds: the kinds of caption that the loss compares with; None: one caption of everything.
     """
 
     def __init__(self, processor: Processor, kinds: Sequence[str | None] = (None,)):
@@ -60,92 +66,114 @@ class Collate:
     def __call__(self, items: Sequence[dict[str, Any]], picks: Sequence[int] | None = None) -> dict[str, Any]:
         """
         Args:
-            picks: per item, a number that decides which of several captions of one kind it shows; None: the first.
+            picks: a number for each item, which chooses among its captions of one kind; None: the first is taken.
         """
-        pairs = [(item, pick) for item, pick in zip(items, picks or [0] * len(items), strict=True) if usable(item)]
-        good = [item for item, _ in pairs]
-        has = {
-            name: torch.tensor([any(key in item for key in keys) for item in good], dtype=torch.bool)
-            for name, keys in (("audio", SOUND), ("video", PICTURE))
-        }
+        usable = [(item, pick) for item, pick in zip(items, picks or [0] * len(items), strict=True) if _usable(item)]
+        clips = [item for item, _ in usable]
+        has = {name: _flags(_has(item, name) for item in clips) for name in _ITEM_KEYS}
         has["audio_video"] = has["audio"] & has["video"]
-        inputs = self._sound([item for item in good if any(key in item for key in SOUND)])
-        inputs |= self._picture([item for item in good if any(key in item for key in PICTURE)])
-        valid = {name: torch.stack([has[part] for part in HEADS[name] if part in has]).all(0) for name in MEDIA}
+        everywhere = torch.ones(len(clips), dtype=torch.bool)
+        # whether a clip has the audio and the video that an embedding is made of
+        media = {name: torch.stack([everywhere, *(has[t] for t in HEADS[name] if t in has)]).all(0) for name in HEADS}
+        valid = {name: flags for name, flags in media.items() if "text" not in HEADS[name]}
         texts, keys = {}, {}
-        captions: list[list[str]] = [[] for _ in good]
+        captions: list[list[str]] = [[] for _ in clips]
         for kind in self.kinds:
-            found = [_caption(item["captions"], kind, pick) for item, pick in pairs]
+            chosen = [_choose(item["captions"], kind, pick) for item, pick in usable]
             if kind is None:
-                kinds = [None if one is None else one[0] for one in found]
-                captions = [item["captions"].get(own, []) for item, own in zip(good, kinds, strict=True)]
-            has[text_name(kind)] = torch.tensor([one is not None for one in found], dtype=torch.bool)
-            if any(found):
-                texts[kind] = self.processor.batch_text([one[1] for one in found if one is not None])
-            unique = [-row if one is None else caption_key(one[1]) for row, one in enumerate(found, 1)]
-            keys[kind] = torch.tensor(unique, dtype=torch.int64)
-            for name in TEXTS:
-                told = torch.tensor([one is not None and tells(one[0], name, kind) for one in found], dtype=torch.bool)
-                media = [has[part] for part in HEADS[name] if part in has]
-                valid[name if kind is None else f"{name}@{kind}"] = torch.stack([told, *media]).all(0)
+                captions = [
+                    [] if choice is None else item["captions"][choice[0]]
+                    for item, choice in zip(clips, chosen, strict=True)
+                ]
+            has[text_name(kind)] = _flags(choice is not None for choice in chosen)
+            if any(chosen):
+                texts[kind] = self.processor.batch_text([choice[1] for choice in chosen if choice is not None])
+            # a row without a caption gets a negative number of its own
+            numbers = [-row if choice is None else caption_key(choice[1]) for row, choice in enumerate(chosen, 1)]
+            keys[kind] = torch.tensor(numbers, dtype=torch.int64)
+            for name in (name for name in HEADS if "text" in HEADS[name]):
+                fits = _flags(choice is not None and fits_embedding(choice[0], name, kind) for choice in chosen)
+                valid[name if kind is None else f"{name}@{kind}"] = media[name] & fits
         return {
-            "inputs": inputs,
+            "inputs": audio_inputs(self.processor, [item for item in clips if _has(item, "audio")])
+            | _video_inputs([item for item in clips if _has(item, "video")]),
             "texts": texts,
             "rows": {name: flags.nonzero().flatten() for name, flags in has.items() if flags.any()},
             "valid": valid,
             "captions": captions,
             "caption_keys": keys,
-            "ids": [item["id"] for item in good],
-            "read": len(items),
-            "bad": [{"id": item["id"], "error": item["error"]} for item in items if "error" in item],
-            "partial": [{"id": item["id"], "error": item["partial"]} for item in items if "partial" in item],
+            "ids": [item["id"] for item in clips],
+            **reading_report(items),
         }
 
-    def _sound(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
-        if not items:
-            return {}
-        if "codec_features" in items[0]:
-            return _features("codec_features", "padding_mask", [item["codec_features"] for item in items])
-        return self.processor.batch_audio([item["waveform"] for item in items])
 
-    def _picture(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
-        if not items:
-            return {}
-        if "frame_features" in items[0]:
-            return _features("frame_features", "padding_mask_videos", [item["frame_features"] for item in items])
-        frames = [item["frames"] for item in items]
-        # as bytes, which the model scales: a quarter of the size on the way, and the work is done where it is cheap
-        return {"pixel_values_videos": pad_sequence(frames, batch_first=True), "padding_mask_videos": mask_of(frames)}
+def audio_inputs(processor: Processor, items: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """The model's inputs of items with audio: `input_values` or `codec_features`, and `padding_mask`; {} of none."""
+    if not items:
+        return {}
+    if "codec_features" in items[0]:
+        features = [item["codec_features"] for item in items]
+        return {"codec_features": pad_sequence(features, batch_first=True).float(), "padding_mask": mask_of(features)}
+    return processor.batch_audio([item["waveform"] for item in items])
 
 
-MEDIA = [name for name in HEADS if "text" not in HEADS[name]]
-TEXTS = [name for name in HEADS if "text" in HEADS[name]]
+def _video_inputs(items: list[dict[str, Any]]) -> dict[str, Tensor]:
+    if not items:
+        return {}
+    features = "frame_features" in items[0]
+    rows = [item["frame_features" if features else "frames"] for item in items]
+    values = pad_sequence(rows, batch_first=True)
+    # frames stay bytes, a quarter of the size of floats, until the model scales them on its device
+    inputs = {"frame_features": values.float()} if features else {"pixel_values_videos": values}
+    return inputs | {"padding_mask_videos": mask_of(rows)}
 
 
-def _caption(captions: dict[str | None, list[str]], kind: str | None, pick: int) -> tuple[str | None, str] | None:
-    """(its own kind, the caption) that stands for `kind`, or None if there is none."""
+def reading_report(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The "read", "bad" and "partial" of a batch."""
+    return {
+        "read": len(items),
+        "bad": [{"id": item["id"], "error": item["error"]} for item in items if "error" in item],
+        "partial": [{"id": item["id"], "error": item["partial"]} for item in items if "partial" in item],
+    }
+
+
+def text_name(kind: str | None) -> str:
+    """The name under which "rows" has the captions of a kind."""
+    return "text" if kind is None else f"text@{kind}"
+
+
+def caption_key(caption: str) -> int:
+    """A non-negative int64 that is the same for equal captions in every process, which `hash` is not."""
+    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def fits_embedding(own: str | None, embedding: str, kind: str | None) -> bool:
+    """Whether a caption of kind `own`, standing for `kind`, may be used in an embedding.
+
+    Where no kind is asked for, a caption of what is only seen must not be compared with audio, nor a caption of what is
+    only heard with video. Where the loss asks for a kind, every substitute of that kind may be used.
+    """
+    if kind is not None or own in (None, "audio_visual"):
+        return True
+    return _DESCRIBED.get(embedding) == own
+
+
+def _choose(captions: dict[str | None, list[str]], kind: str | None, pick: int) -> tuple[str | None, str] | None:
+    """(its own kind, the caption) that stands for `kind`, or None if the clip has none."""
     for own in SUBSTITUTES[kind]:
         if captions.get(own):
             return own, captions[own][pick % len(captions[own])]
     return None
 
 
-def tells(own: str | None, embedding: str, kind: str | None) -> bool:
-    """Whether a caption of kind `own` may stand in this embedding: what is only seen says nothing of what is heard."""
-    if kind is not None or own in (None, "audio_visual"):
-        return True
-    return TOLD.get(embedding) == own
+def _usable(item: dict[str, Any]) -> bool:
+    """Whether at least two of audio, video and captions are there to be paired."""
+    return _has(item, "audio") + _has(item, "video") + bool(item.get("captions")) >= 2
 
 
-def _features(name: str, mask_name: str, rows: list[Tensor]) -> dict[str, Tensor]:
-    return {name: pad_sequence(rows, batch_first=True).float(), mask_name: mask_of(rows)}
+def _has(item: dict[str, Any], modality: str) -> bool:
+    return any(key in item for key in _ITEM_KEYS[modality])
 
 
-def text_name(kind: str | None) -> str:
-    """What "rows" calls the captions of a kind."""
-    return "text" if kind is None else f"text@{kind}"
-
-
-def caption_key(caption: str) -> int:
-    """A number that is the same for equal captions in every process, as `hash` is not; int64."""
-    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "big") >> 1
+def _flags(values: Iterable[bool]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.bool)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from pe_av.config import HEADS, PAIRINGS, ConfigError, Pairing, TrainConfig
 from pe_av.data.clips import open_manifest
-from pe_av.data.manifest import Manifest
-from pe_av.evaluation.embed import EmbeddedClips, Embedder, embed_clips
+from pe_av.data.manifest import Manifest, Modality
+from pe_av.evaluation.embedder import EmbeddedClips, Embedder, embed_clips
 from pe_av.evaluation.metrics import DIRECTIONS, evaluate_embeddings, public_name
 from pe_av.evaluation.report import plot_similarity, print_table, write_metrics
-from pe_av.loading.batch import SUBSTITUTES, tells, text_name
-from pe_av.loading.micro_batch import EMPTY_PART, runs_of, split_batch, with_runs
+from pe_av.loading.batch import SUBSTITUTES, fits_embedding, text_name
+from pe_av.loading.split import EMPTY_MICRO_BATCH, runs_of, split_batch, with_runs
 from pe_av.loss import contrastive_loss
 from pe_av.ranks import rank, world_size
 from pe_av.training.lora import add_adapters
@@ -61,10 +61,10 @@ class Contrastive:
         return split_batch(batch, size)
 
     def runs_of(self, part: dict[str, Any] | None) -> list[str]:
-        return runs_of(part or EMPTY_PART)
+        return runs_of(part or EMPTY_MICRO_BATCH)
 
     def with_runs(self, part: dict[str, Any] | None, runs: list[str]) -> dict[str, Any]:
-        return with_runs(part or EMPTY_PART, runs, self.model.config)
+        return with_runs(part or EMPTY_MICRO_BATCH, runs, self.model.config)
 
     def count(self, batch: dict[str, Any]) -> dict[str, int]:
         """Rows that have both sides, by pairing."""
@@ -211,7 +211,7 @@ def trainable_pairings(pairings: Sequence[Pairing], clips: Manifest, console: Co
         ConfigError: none with a weight is left.
     """
     modalities, kinds = clips.modalities(), clips.kinds()
-    media = {"audio": modalities & 4 > 0, "video": modalities & 2 > 0}
+    media = {"audio": modalities & Modality.AUDIO > 0, "video": modalities & Modality.VIDEO > 0}
     kept, left_out = [], []
     for pairing in pairings:
         rows = np.ones(len(modalities), dtype=bool)
@@ -222,7 +222,7 @@ def trainable_pairings(pairings: Sequence[Pairing], clips: Manifest, console: Co
                 rows &= _told(side, pairing.caption, kinds)
         (kept if rows.sum() >= 2 else left_out).append(pairing)
     if not any(pairing.weight for pairing in kept):
-        has = [name for name, flags in (media | {"captions": modalities & 1 > 0}).items() if flags.any()]
+        has = [name for name, flags in (media | {"captions": modalities & Modality.TEXT > 0}).items() if flags.any()]
         raise ConfigError(
             f"loss: none of {', '.join(p.name for p in pairings if p.weight)} can be trained: the clips have "
             f"{' and '.join(has)}, and no two clips both sides of one; give such clips, or other pairings or weights"
@@ -238,7 +238,7 @@ def _told(side: str, kind: str | None, kinds: Mapping[str | None, np.ndarray]) -
     told = np.zeros(len(kinds[None]), dtype=bool)
     chosen = np.zeros_like(told)
     for own in SUBSTITUTES[kind]:
-        if tells(own, side, kind):
+        if fits_embedding(own, side, kind):
             told |= kinds[own] & ~chosen
         chosen |= kinds[own]
     return told

@@ -22,10 +22,10 @@ from pe_av.config import ConfigError, SpanTrainConfig
 from pe_av.config.compose import run_command
 from pe_av.data.span_demo import prepare_span_demo
 from pe_av.data.spans import SpanClip, SpanReader, read_span_manifest
+from pe_av.device import to_device
 from pe_av.evaluation.localization import localization_metrics
 from pe_av.loading.loader import Loader, load_into_memory
-from pe_av.loading.micro_batch import to_device
-from pe_av.loading.order import BatchSampler
+from pe_av.loading.sampler import BatchSampler
 from pe_av.loading.span_batch import SpanCollate
 from pe_av.media.processor import Processor
 from pe_av.model.pe_audio_frame import PEAudioFrame

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pe_av.loading.micro_batch import to_device
+from pe_av.device import to_device
 from pe_av.training.parallel import gradients_stay_local
 
 

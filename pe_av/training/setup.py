@@ -21,7 +21,7 @@ from pe_av.data.mix import MixedManifest, read_mix
 from pe_av.data.remote import SampleReader, first_samples
 from pe_av.loading.batch import Collate
 from pe_av.loading.loader import Loader, load_into_memory
-from pe_av.loading.order import BatchSampler
+from pe_av.loading.sampler import BatchSampler
 from pe_av.loading.stream import StreamLoader
 from pe_av.media.processor import Processor
 from pe_av.media.tokenizer import read_tokenizer, train_tokenizer

@@ -1,0 +1,118 @@
+"""The embeddings of a data set, for retrieval: of every clip, and of every different caption."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from pe_av.device import to_device
+from pe_av.loading.split import EMPTY_MICRO_BATCH, runs_of, split_batch, with_runs
+from pe_av.media.processor import Processor
+from pe_av.model.pe_audio_video import PEAudioVideo
+from pe_av.ranks import of_all_ranks, rank, world_size
+
+
+class Embedder(nn.Module):
+    """The model as a function of a micro-batch, which is what training, evaluation, DDP and FSDP call."""
+
+    def __init__(self, model: PEAudioVideo):
+        super().__init__()
+        self.model = model
+
+    def forward(self, micro_batch: dict[str, Any]) -> dict[str, Tensor]:
+        """A micro-batch (`loading.split`) of B rows -> embedding -> (B, D)."""
+        return self.model.embed(micro_batch["inputs"], micro_batch["texts"], micro_batch["rows"], micro_batch["size"])
+
+
+@dataclass
+class EmbeddedClips:
+    """The embeddings of N clips and of their T different captions; the same on every rank."""
+
+    embeds: dict[str, Tensor]  # name, with "@<kind>" for captions of a kind -> (N, D) float32 on the CPU
+    valid: dict[str, Tensor]  # name -> (N,) bool, whether the clip has it; if not, its row means nothing
+    keys: dict[str | None, Tensor]  # kind of caption -> (N,) int64, equal where captions are equal
+    texts: dict[str, Tensor]  # name of an embedding of text alone -> (T, D)
+    captions: Tensor  # (N, M) int64, which of the T texts are captions of each clip, padded with -1
+    read: int  # number of items that were read
+    bad: list[dict[str, Any]]  # {"id", "error"} of the damaged items
+    partial: list[dict[str, Any]]  # {"id", "error"} of the partial items
+
+
+@torch.no_grad()
+def embed_clips(
+    embedder: nn.Module, batches: Iterable[dict[str, Any]], processor: Processor, device: torch.device, title: str
+) -> EmbeddedClips:
+    """Embed every clip with its first caption, and then every different caption, with a progress bar.
+
+    The ranks share the batches and the captions. Each batch is embedded whole by one rank, so the embeddings are the
+    same to the bit for any world size.
+
+    Args:
+        embedder: micro-batch -> name -> (B, D): an `Embedder`, or what DDP or FSDP makes of one.
+        batches: those of this rank, as `loading.batch.Collate` makes them. Batch b of rank r is batch b · world size
+            + r of the data set; every rank has as many, and the last may be empty.
+    """
+    was_training = embedder.training
+    embedder.eval()
+    infos: list[dict[str, Any]] = []  # of the batches of all ranks, in the order of the data set
+    embeds: list[dict[str, Tensor]] = []
+    console = Console(stderr=True, quiet=rank() > 0)  # one progress bar is enough
+    for batch in track(batches, title, console=console, transient=True):
+        (micro_batch,) = split_batch(batch, None) or [EMPTY_MICRO_BATCH]
+        info = {name: batch[name] for name in ("ids", "valid", "captions", "caption_keys", "read", "bad", "partial")}
+        infos += of_all_ranks(info)
+        embeds += _embed_of_all_ranks(embedder, micro_batch, processor, device)
+    sizes = [len(info["ids"]) for info in infos]
+
+    numbers: dict[str, int] = {}  # caption -> its row in the texts
+    captions = [
+        torch.tensor([numbers.setdefault(text, len(numbers)) for text in dict.fromkeys(row)], dtype=torch.long)
+        for info in infos
+        for row in info["captions"]
+    ]
+    different, size = list(numbers), max(sizes, default=1) or 1
+    chunks = [different[start : start + size] for start in range(0, len(different), size)]
+    chunks += [[]] * (-len(chunks) % world_size())  # as many for every rank
+    texts: list[dict[str, Tensor]] = []
+    for chunk in chunks[rank() :: world_size()]:
+        micro_batch = EMPTY_MICRO_BATCH
+        if chunk:
+            tokens, rows = {None: processor.batch_text(chunk)}, {"text": torch.arange(len(chunk))}
+            micro_batch = {"inputs": {}, "texts": tokens, "rows": rows, "size": len(chunk)}
+        texts += _embed_of_all_ranks(embedder, micro_batch, processor, device)
+    embedder.train(was_training)
+
+    joined = _joined(embeds, sizes)
+    return EmbeddedClips(
+        embeds=joined,
+        valid={name: torch.cat([info["valid"][name] for info in infos]) for name in joined},
+        keys={kind: torch.cat([info["caption_keys"][kind] for info in infos]) for kind in infos[0]["caption_keys"]},
+        texts=_joined(texts, [len(chunk) for chunk in chunks]),
+        captions=pad_sequence(captions, batch_first=True, padding_value=-1) if captions else torch.empty(0, 0),
+        read=sum(info["read"] for info in infos),
+        bad=[item for info in infos for item in info["bad"]],
+        partial=[item for info in infos for item in info["partial"]],
+    )
+
+
+def _embed_of_all_ranks(
+    embedder: nn.Module, micro_batch: dict[str, Any], processor: Processor, device: torch.device
+) -> list[dict[str, Tensor]]:
+    """For the micro-batch of each rank, which may be empty: name -> (rows, D) float32 on the CPU."""
+    runs = sorted({run for theirs in of_all_ranks(runs_of(micro_batch)) for run in theirs})
+    embeds = embedder(to_device(with_runs(micro_batch, runs, processor.config), device)) if runs else {}
+    return of_all_ranks({name: value.float().cpu() for name, value in embeds.items()})
+
+
+def _joined(embeds: list[dict[str, Tensor]], sizes: list[int]) -> dict[str, Tensor]:
+    """The embeddings of consecutive micro-batches of these sizes, concatenated; zeros where one lacks a name."""
+    widths = {name: value.shape[1] for each in embeds for name, value in each.items()}
+    return {
+        name: torch.cat([each.get(name, torch.zeros(n, width)) for each, n in zip(embeds, sizes, strict=True)])
+        for name, width in sorted(widths.items())
+    }
