@@ -9,7 +9,7 @@ from pe_av.config.compose import run_command
 def run(config: TrainConfig, folder: Path) -> None:
     # after the arguments have been checked, since these import torch
     from pe_av.training.contrastive import Contrastive
-    from pe_av.training.run import train
+    from pe_av.training.trainer import train
 
     train(config, folder, Contrastive)
 

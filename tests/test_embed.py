@@ -14,7 +14,7 @@ from pe_av.loading.batch import Collate
 from pe_av.loading.micro_batch import EMPTY_PART, runs_of, split_batch, with_runs
 from pe_av.media.processor import Processor
 from pe_av.model.pe_audio_video import PEAudioVideo
-from pe_av.training.microbatch import joined
+from pe_av.training.gradient_caching import joined
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from pe_av.data.span_demo import prepare_span_demo
 from pe_av.data.spans import SpanClip, read_span_manifest
 from pe_av.evaluation.localization import localization_metrics
 from pe_av.media.decode import read_audio
-from pe_av.training.frame import span_loss
+from pe_av.training.span_loss import span_loss
 
 ROOT = Path(__file__).parent.parent
 
