@@ -1,7 +1,7 @@
-"""Every setting there is, as dataclasses that the YAML under `configs/` is checked against.
+"""Every setting, as dataclasses that the YAML under `configs/` is checked against.
 
-model.py, data.py and run.py hold the settings, checks.py what they check themselves with, compose.py how they are read
-from YAML and the command line. Nothing here imports torch.
+The settings are in model.py, data.py and run.py; checks.py has the checks that they share, and compose.py reads
+settings from YAML and the command line. Nothing here imports torch.
 """
 
 from pe_av.config.checks import ConfigError, nearest, one_of, require
