@@ -85,9 +85,9 @@ class OptimConfig:
     weight_decay: float = 0.05  # Applied to matrices, but not to norms, biases, position embeddings and logit scales.
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     eps: float = 1e-8
+    warmup_steps: int = 100  # The learning rate rises linearly over this many steps.
     # After the warm-up the rate follows half a cosine down to final_lr_ratio · lr (cosine), or stays (constant).
     schedule: str = "cosine"
-    warmup_steps: int = 100  # The learning rate rises linearly over so many steps.
     final_lr_ratio: float = 0.0
     clip_norm: float = 1.0  # A gradient whose global norm is larger is scaled down to this norm.
     freeze: list[str] = field(default_factory=list)  # Parts that are not trained, such as [text, video.vision].
@@ -148,9 +148,9 @@ class ParallelConfig:
 class InitConfig:
     """Weights that single towers start from (conversion/warm_start.py); null: random weights."""
 
-    text: str | None = None  # ModernBERT: a folder of transformers, with its tokenizer.json.
+    text: str | None = None  # ModernBERT: a folder in the format of transformers, with its tokenizer.json.
     vision: str | None = None  # PE-Core: a .safetensors file of timm, or a .pt file of the original.
-    codec: str | None = None  # DAC: a folder of transformers.
+    codec: str | None = None  # DAC: a folder in the format of transformers.
 
 
 @dataclass
@@ -179,7 +179,8 @@ class RunConfig:
     device: str = "auto"  # A device of PyTorch, such as cuda or cpu; auto: cuda if there is a GPU.
     precision: str = "auto"  # fp32 | bf16 (autocast) | auto (bf16 on a GPU that computes in it, else fp32)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    # Rows that each rank embeds at a time. It bounds the memory; the gradient stays that of the whole batch.
+    # Rows that each rank embeds at a time; null: all of its rows. A small number saves memory, and the gradient stays
+    # that of the whole batch.
     micro_batch_size: int | None = None
     accumulate: int = 1  # Batches per step. Their gradients are averaged, but each batch has only its own negatives.
     max_bad_fraction: float = 0.05  # Stop when a larger fraction of the items read so far is damaged.
@@ -196,14 +197,6 @@ class RunConfig:
         one_of("precision", self.precision, ("auto", "fp32", "bf16"))
 
 
-# The settings that a state fixes: with other values, the resumed run would not be the same run. All other settings may
-# be changed on resume. Paths of clips are not listed, since files may move: the loader's state checks the clips' names.
-FIXED_ON_RESUME = (
-    "model", "seed", "batch_size", "accumulate", "lora", "optim.freeze", "loss.pairings", "data.max_seconds",
-    "data.batch_tokens", "data.random_crop", "data.shuffle_window", "max_seconds",
-)  # fmt: skip
-
-
 @dataclass
 class TrainConfig(RunConfig):
     """`python train.py`: the contrastive training of PEAudioVideo."""
@@ -211,7 +204,7 @@ class TrainConfig(RunConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    init: InitConfig = field(default_factory=InitConfig)
+    init: InitConfig = field(default_factory=InitConfig)  # Not together with `checkpoint`, which fills every tower.
     lora: LoraConfig = field(default_factory=LoraConfig)
     # Manifest of other clips that are evaluated too, from before the first step on, to see what fine-tuning forgets.
     watch: str | None = None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
@@ -30,7 +31,7 @@ from pe_av.model.pe_audio_frame import PEAudioFrame
 from pe_av.ranks import of_all_ranks, rank, world_size
 from pe_av.training.optim import freeze
 from pe_av.training.setup import calibrate, frozen_codec, start_model, tokenizer_of_rank_0
-from pe_av.training.span_loss import span_loss, span_loss_of_all_ranks
+from pe_av.training.span_loss import gather_rows, span_loss, sum_gradient
 from pe_av.training.task import Evaluation
 from pe_av.training.trainer import train
 
@@ -95,12 +96,19 @@ class SpanDetection:
     def loss(
         self, embeds: dict[str, Tensor], batch: dict[str, Any], counts: dict[str, int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        labels = to_device({name: batch[name] for name in ("targets", "mask", "captions")}, self.device)
-        pair = self.model.logits
-        loss, total = span_loss_of_all_ranks(
-            embeds["audio"], embeds["text"], pair.scale, pair.bias, **labels, positions=counts["positions"]
-        )
-        return loss, {"loss": total}
+        """This rank's positions with the captions of all ranks. As with `loss.contrastive_loss`, the gradients of scale
+        and bias are those of the whole loss on every rank; those of embeddings are the world size times those of the
+        whole loss, since the gradients of parameters are averaged over the ranks later."""
+        labels = self._labels(batch)
+        rows = of_all_ranks(len(embeds["text"]))
+        text, labels["captions"] = gather_rows(embeds["text"], rows), gather_rows(labels["captions"], rows)
+        scale, bias = sum_gradient(self.model.logits.scale), sum_gradient(self.model.logits.bias)
+        first = sum(rows[: rank()])
+        loss = span_loss(embeds["audio"], text, scale, bias, **labels, first=first, positions=counts["positions"])
+        total = loss.detach().clone()
+        if world_size() > 1:
+            dist.all_reduce(total)
+        return loss * world_size(), {"loss": total}
 
     @torch.no_grad()
     def evaluate(self, embedder: nn.Module, folder: Path, step: int, history: list[dict[str, Any]]) -> Evaluation:
@@ -142,8 +150,12 @@ class SpanDetection:
         self.train_loader.close()
         self.eval_loader.close()
 
+    def _labels(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The arguments of `span_loss` that say what is right."""
+        return to_device({name: batch[name] for name in ("targets", "mask", "captions")}, self.device)
+
     def _evaluate_batch(self, embedder: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-        """One batch of this rank: its "loss", "rows" of (probabilities, targets), and "read", "bad" and "partial"."""
+        """Evaluate one batch of this rank: "loss", "rows" of (probabilities, targets), "read", "bad" and "partial"."""
         result = {name: batch[name] for name in ("read", "bad", "partial")} | {"rows": [], "loss": None}
         (micro_batch,) = self.split(batch, None) or [None]
         own = [] if micro_batch is None else self.passes_of(micro_batch)
@@ -152,11 +164,10 @@ class SpanDetection:
             return result
         embeds = embedder(to_device(self.with_passes(micro_batch, passes), self.device))
         if micro_batch is not None:
-            labels, pair = (
-                to_device({n: batch[n] for n in ("targets", "mask", "captions")}, self.device),
-                self.model.logits,
+            loss = span_loss(
+                embeds["audio"], embeds["text"], self.model.logits.scale, self.model.logits.bias, **self._labels(batch)
             )
-            result["loss"] = span_loss(embeds["audio"], embeds["text"], pair.scale, pair.bias, **labels).item()
+            result["loss"] = loss.item()
             probability, lengths = embeds["logits"].float().sigmoid().cpu(), batch["mask"].sum(1).tolist()
             result["rows"] = [(probability[i, :n], batch["targets"][i, :n]) for i, n in enumerate(lengths)]
         return result

@@ -7,9 +7,16 @@ from typing import Any
 from rich.console import Console
 
 from pe_av.checkpoint import CheckpointError
-from pe_av.config import FIXED_ON_RESUME, ConfigError
+from pe_av.config import ConfigError
 from pe_av.ranks import of_rank_0, rank
 from pe_av.training.states import damage, named_states, newest_whole
+
+# Settings that a state fixes: with other values, the resumed run would not be the same run. All others may be changed.
+# Paths of clips are not listed, since files may move: the loader's state checks the clips' names.
+FIXED_ON_RESUME = (
+    "model", "seed", "batch_size", "accumulate", "lora", "optim.freeze", "loss.pairings", "data.max_seconds",
+    "data.batch_tokens", "data.random_crop", "data.shuffle_window", "max_seconds",
+)  # fmt: skip
 
 
 def state_to_resume(states: Path, resume: str | None, console: Console) -> Path | None:
@@ -42,7 +49,7 @@ def state_to_resume(states: Path, resume: str | None, console: Console) -> Path 
 
 
 def check_settings(state: Path, progress: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Refuse a state whose run had other settings of what cannot change (`config.FIXED_ON_RESUME`).
+    """Refuse a state whose run had other settings of what cannot change (`FIXED_ON_RESUME`).
 
     Raises:
         ConfigError: the settings that differ, with the old and the new value.

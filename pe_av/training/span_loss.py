@@ -1,12 +1,14 @@
 """The loss of frame-level training: every audio position against every caption of the batch, on one rank or many."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pe_av.ranks import of_all_ranks, rank, world_size
+from pe_av.ranks import rank, world_size
 
 
 def span_loss(
@@ -44,41 +46,24 @@ def span_loss(
     return losses.masked_fill(~counted, 0).sum() / (mask.sum() if positions is None else positions)
 
 
-def span_loss_of_all_ranks(
-    audio: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    targets: Tensor,
-    mask: Tensor,
-    captions: Tensor,
-    positions: int,
-) -> tuple[Tensor, Tensor]:
-    """`span_loss` of the whole batch: this rank's positions with the captions of all ranks.
+def gather_rows(own: Tensor, rows: Sequence[int]) -> Tensor:
+    """(B, …) of every rank -> (N, …) of all ranks. The gradient of a rank's rows is summed over all ranks.
 
     Args:
-        audio, text, targets, mask, captions: of this rank's rows.
-        positions: valid positions of all ranks.
-    Returns:
-        a scalar to backpropagate, and the loss of the whole batch without a graph. As with `loss.contrastive_loss`, the
-        gradients of scale and bias are those of the whole loss on every rank; the gradients of embeddings are the world
-        size times those of the whole loss, since the gradients of parameters are then averaged over the ranks.
+        rows: B of every rank.
     """
-    rows = of_all_ranks(len(text))
-    text, captions = (_GatherRows.apply(value, rows) for value in (text, captions))
-    scale, bias = _SumGradient.apply(scale), _SumGradient.apply(bias)
-    own = span_loss(audio, text, scale, bias, targets, mask, captions, sum(rows[: rank()]), positions)
-    total = own.detach().clone()
-    if world_size() > 1:
-        dist.all_reduce(total)
-    return own * world_size(), total
+    return _GatherRows.apply(own, rows)
+
+
+def sum_gradient(value: Tensor) -> Tensor:
+    """A parameter that every rank uses in the world size times its own share of a loss. On every rank, its gradient
+    becomes that of the whole loss."""
+    return _SumGradient.apply(value)
 
 
 class _GatherRows(torch.autograd.Function):
-    """(B, …) of every rank -> (N, …) of all ranks. The gradient of a rank's rows is summed over all ranks."""
-
     @staticmethod
-    def forward(ctx, own: Tensor, rows: list[int]) -> Tensor:
+    def forward(ctx, own: Tensor, rows: Sequence[int]) -> Tensor:
         ctx.first, ctx.count = sum(rows[: rank()]), len(own)
         if world_size() == 1:
             return own.clone()
@@ -98,8 +83,6 @@ class _GatherRows(torch.autograd.Function):
 
 
 class _SumGradient(torch.autograd.Function):
-    """A scalar that every rank uses with its own positions; on every rank its gradient is that of the whole loss."""
-
     @staticmethod
     def forward(ctx, value: Tensor) -> Tensor:
         return value.clone()
@@ -110,5 +93,5 @@ class _SumGradient(torch.autograd.Function):
         if world_size() > 1:
             gradient = gradient.contiguous()
             dist.all_reduce(gradient)
-            gradient = gradient / world_size()  # the loss to backpropagate is the world size times this rank's
+            gradient = gradient / world_size()
         return gradient
