@@ -43,28 +43,38 @@ def parallelize(model: nn.Module, embedder: nn.Module, config: ParallelConfig, d
             block.compile(dynamic=True)
     if world_size() == 1:
         return embedder
-    outside = set(model.logits.parameters())
     if config.strategy == "fsdp":
-        whole = {name: value.cpu().clone() for name, value in model.state_dict().items()} if rank() == 0 else {}
-        mesh = _mesh(config, device)
-        # inputs are not cast: rotary angles in bfloat16 would mean other positions; autocast casts what may be cast
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if config.shard_bf16 else None,
-            reduce_dtype=torch.float32,
-            cast_forward_inputs=False,
-        )
-        for block in model.blocks():
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        # resharded after the forward, which is not FSDP's default for the outermost module: averaged weights and states
-        # are made of shards, so between two calls every parameter must be one
-        fully_shard(embedder, mesh=mesh, mp_policy=policy, ignored_params=outside, reshard_after_forward=True)
-        if rank():
-            embedder.to_empty(device=device)
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_model_state_dict(model, whole, options=options)
-        return embedder
-    embedder = _Anchored(embedder)
-    ignored = [name for name, parameter in embedder.named_parameters() if parameter in outside]
+        return _with_fsdp(model, embedder, config, device)
+    return _with_ddp(model, embedder, device)
+
+
+def _with_fsdp(model: nn.Module, embedder: nn.Module, config: ParallelConfig, device: torch.device) -> nn.Module:
+    """The embedder, sharded in place."""
+    weights = {name: value.cpu().clone() for name, value in model.state_dict().items()} if rank() == 0 else {}
+    mesh = _mesh(config, device)
+    # inputs are not cast: rotary angles in bfloat16 would mean other positions; autocast casts what may be cast
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if config.shard_bf16 else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    for block in model.blocks():
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    # resharded after the forward, which is not FSDP's default for the outermost module: averaged weights and states are
+    # made of shards, so between two calls every parameter must be one
+    logits = set(model.logits.parameters())
+    fully_shard(embedder, mesh=mesh, mp_policy=policy, ignored_params=logits, reshard_after_forward=True)
+    if rank():
+        embedder.to_empty(device=device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, weights, options=options)
+    return embedder
+
+
+def _with_ddp(model: nn.Module, embedder: nn.Module, device: torch.device) -> nn.Module:
+    """The embedder, wrapped."""
+    embedder, logits = _Anchored(embedder), set(model.logits.parameters())
+    ignored = [name for name, parameter in embedder.named_parameters() if parameter in logits]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(embedder, ignored)
     return DistributedDataParallel(
         embedder,

@@ -115,6 +115,7 @@ class StateWriter:
             pending.result()
 
     def _write(self, step: int, copied: dict[str, Any], progress: str) -> None:
+        """Runs in the background thread of every rank: write the files, then their checksums, then give the name."""
         final = self.folder / f"step-{step:08d}"
         unfinished = self.folder / f"{final.name}.part"
         try:
