@@ -175,7 +175,7 @@ def test_a_mistake_costs_one_line(tmp_path: Path, world: list[str], overrides: l
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process; they would take as long as the steps, and the commands draw them."""
     monkeypatch.setattr("pe_av.training.contrastive.plot_similarity", lambda *_: None)
-    monkeypatch.setattr("pe_av.training.run.plot_losses", lambda *_: None)
+    monkeypatch.setattr("pe_av.training.evaluating.plot_losses", lambda *_: None)
 
 
 def run(folder: Path, overrides: list[str]) -> Trainer:

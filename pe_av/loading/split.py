@@ -1,11 +1,11 @@
 """Micro-batches: a batch split into the rows that one forward computes, and what all ranks must run for them.
 
 A micro-batch is a dict: "inputs", "texts" and "rows" as in a batch (`loading.batch`), and "size", its number of rows.
-The passes that it makes through the model have names: "audio:input_values" or "audio:codec_features", "video:pixel_values_videos" or
-"video:frame_features", "audio_video" for the fusion, "text" or "text@<kind>".
+The passes that it makes through the model have names: "audio:input_values" or "audio:codec_features",
+"video:pixel_values_videos" or "video:frame_features", "audio_video" for the fusion, "text" or "text@<kind>".
 
-All ranks must make the passes that one of them makes, since sharded weights are gathered in the forward and gradients averaged in the
-backward. A rank whose clips lack the input makes the pass with one row of zeros, and drops the result.
+All ranks must make the passes that one of them makes, since sharded weights are gathered in the forward and gradients
+averaged in the backward. A rank whose clips lack the input makes the pass with one row of zeros, and drops the result.
 """
 
 from collections.abc import Collection

@@ -29,9 +29,8 @@ def trainable_pairings(pairings: Sequence[Pairing], clips: Manifest, console: Co
                 has_both &= _has_caption(side, pairing.caption, kinds)
         (kept if has_both.sum() >= 2 else left_out).append(pairing)
     if not any(pairing.weight for pairing in kept):
-        present = [
-            name for name, flags in (media | {"captions": modalities & Modality.TEXT > 0}).items() if flags.any()
-        ]
+        has = media | {"captions": modalities & Modality.TEXT > 0}
+        present = [name for name, flags in has.items() if flags.any()]
         raise ConfigError(
             f"loss: none of {', '.join(p.name for p in pairings if p.weight)} can be trained: the clips have "
             f"{' and '.join(present)}, and no two clips have both sides of a pairing: add clips that do, or choose "
