@@ -1,4 +1,4 @@
-"""Train PE-AV: `python train.py [key=value …]`; the settings and what they mean stand in pe_av/config/run.py."""
+"""Train PE-AV: `python train.py [key=value …]`. The settings are explained in pe_av/config/run.py."""
 
 from pathlib import Path
 
@@ -7,9 +7,9 @@ from pe_av.config.compose import run_command
 
 
 def run(config: TrainConfig, folder: Path) -> None:
-    # after the arguments have been checked, since these import torch
+    # imported only after the arguments have been checked, since these import torch, which takes seconds
     from pe_av.training.contrastive import Contrastive
-    from pe_av.training.run import train
+    from pe_av.training.trainer import train
 
     train(config, folder, Contrastive)
 

@@ -156,14 +156,14 @@ def wait(steps: int, workers: int) -> dict[str, float]:
     """The demo with clips decoded every time, and with clips kept in memory, as its preset does."""
     from pe_av.config import DataConfig, DemoConfig, TrainConfig
     from pe_av.training.contrastive import Contrastive
-    from pe_av.training.run import Run
+    from pe_av.training.trainer import Trainer
 
     found = {}
     for in_memory in (True, False):
         with tempfile.TemporaryDirectory() as folder:
             data = DataConfig(demo=DemoConfig(), in_memory=in_memory, num_workers=workers)
             config = TrainConfig(model=load_preset("tiny"), data=data, steps=steps, eval_every=steps, log_every=steps)
-            run = Run(config, Path(folder), torch.device("cpu"), Contrastive)
+            run = Trainer(config, Path(folder), torch.device("cpu"), Contrastive)
             run.train()
             found["in_memory" if in_memory else "decoding"] = run.log.rows[-1]["data_wait"]
     return found

@@ -25,8 +25,8 @@ from pe_av.config.compose import load_preset
 from pe_av.device import pick_device, precision_context
 from pe_av.evaluation.embedder import Embedder
 from pe_av.loss import contrastive_loss
+from pe_av.training.gradient_caching import backward
 from pe_av.training.log import PEAK_FLOPS
-from pe_av.training.microbatch import backward
 from pe_av.training.optim import build_optimizer, take_step
 from pe_av.training.parallel import clip_gradients, parallelize
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from pe_av.config import HEADS
 from pe_av.evaluation.embedder import Embedder, embed_clips
 from pe_av.loading.batch import Collate
-from pe_av.loading.split import EMPTY_MICRO_BATCH, runs_of, split_batch, with_runs
+from pe_av.loading.split import EMPTY_MICRO_BATCH, passes_of, split_batch, with_passes
 from pe_av.media.processor import Processor
 from pe_av.model.pe_audio_video import PEAudioVideo
-from pe_av.training.microbatch import joined
+from pe_av.training.gradient_caching import joined
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_a_rank_without_clips_runs_what_others_run(model: PEAudioVideo):
 
     def gradients(micro_batch: dict) -> dict[str, Tensor]:
         model.zero_grad()
-        embeds = Embedder(model)(with_runs(micro_batch, sorted(runs_of(everything)), model.config))
+        embeds = Embedder(model)(with_passes(micro_batch, sorted(passes_of(everything)), model.config))
         sum(value.square().sum() for value in embeds.values()).backward()
         assert all(len(value) == micro_batch["size"] for value in embeds.values()) and set(embeds) == set(HEADS)
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -16,7 +16,7 @@ from pe_av.data.span_demo import prepare_span_demo
 from pe_av.data.spans import SpanClip, read_span_manifest
 from pe_av.evaluation.localization import localization_metrics
 from pe_av.media.audio import read_audio
-from pe_av.training.frame import span_loss
+from pe_av.training.span_loss import span_loss
 
 
 def test_loss_is_the_sum_that_its_formula_says():

@@ -211,7 +211,7 @@ def test_weights_are_factors_on_what_shares_a_scale():
         ({"logits": "audio_txt"}, "loss.pairings: mine: logits=audio_txt is unknown; did you mean audio_text?"),
         ({"captions": "audio"}, "unknown setting pairings[0].captions; did you mean pairings[0].caption?"),
         ({"left": None}, "left: Incompatible value 'None'"),
-        (3, "pairings[0] is a section of settings, not 3"),
+        (3, "pairings[0] must be a section of settings, not 3"),
     ],
 )
 def test_a_pairing_that_cannot_be(pairing: Any, expected: str):
@@ -228,7 +228,7 @@ def test_pairings_that_cannot_be():
         ([], "loss.pairings is empty"),
         ([one, one], "loss.pairings: mine is the name of two pairings"),
         ([one | {"weight": 0.0}], "every pairing has weight 0"),
-        (one, "pairings is a list of sections"),
+        (one, "pairings must be a list of sections"),
     ):
         with pytest.raises(ConfigError, match=expected):
             from_dict(LossConfig, {"pairings": pairings}, source="here.yaml")

@@ -190,17 +190,17 @@ def settings(case: Case, corpus: Path) -> TrainConfig:
 
 
 def _train(config: dict[str, Any], folder: Path) -> None:
-    from pe_av.training import contrastive, run
+    from pe_av.training import contrastive, evaluating, trainer
 
-    contrastive.plot_similarity = run.plot_losses = lambda *_: None  # pictures take longer than all the steps
-    run.train(from_dict(TrainConfig, config, source="test"), folder, contrastive.Contrastive)
+    contrastive.plot_similarity = evaluating.plot_losses = lambda *_: None  # pictures take longer than all the steps
+    trainer.train(from_dict(TrainConfig, config, source="test"), folder, contrastive.Contrastive)
 
 
 def _train_frames(config: dict[str, Any], folder: Path) -> None:
-    from pe_av.training import frame, run
+    from pe_av.training import evaluating, frame, trainer
 
-    frame.SpanDetection._draw = run.plot_losses = lambda *_: None
-    run.train(from_dict(SpanTrainConfig, config, source="test"), folder, frame.SpanDetection)
+    frame.SpanDetection._draw = evaluating.plot_losses = lambda *_: None
+    trainer.train(from_dict(SpanTrainConfig, config, source="test"), folder, frame.SpanDetection)
 
 
 def _evaluate(config: dict[str, Any], folder: Path) -> None:

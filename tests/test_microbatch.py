@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pe_av.config import LossConfig
 from pe_av.loss import contrastive_loss
 from pe_av.model.pe_audio_video import PEAudioVideo
-from pe_av.training.microbatch import backward
+from pe_av.training.gradient_caching import backward
 
 
 class Embedder(nn.Module):

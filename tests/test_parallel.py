@@ -20,10 +20,10 @@ from pe_av.evaluation.embedder import Embedder
 from pe_av.loss import contrastive_loss
 from pe_av.model.pe_audio_video import PEAudioVideo
 from pe_av.ranks import process_group, rank, world_size
-from pe_av.training.microbatch import backward
+from pe_av.training.gradient_caching import backward
 from pe_av.training.optim import AveragedWeights, build_optimizer, take_step
 from pe_av.training.parallel import clip_gradients, parallelize
-from pe_av.training.states import Checkpointer, damage, load, named_states, newest_whole, read_progress
+from pe_av.training.states import StateWriter, damage, load, named_states, newest_whole, read_progress
 
 ROWS = ((24, 6, 3), (9, 5, 4), (15, 7, 3), (11, 4, 2), (20, 6, 5), (8, 3, 1))  # divide over 1, 2 and 3 ranks
 
@@ -130,7 +130,7 @@ def test_ranks_train_as_one_process(
 def resume(folder: Path, parallel: ParallelConfig, first: int, last: int) -> None:
     """Steps first … last-1, from the checkpoint before them if there is one, and a checkpoint at the end."""
     trainer = Trainer(parallel)
-    checkpointer = Checkpointer(folder / "state", keep=2)
+    checkpointer = StateWriter(folder / "state", keep=2)
     if first:
         newest, _ = newest_whole(folder / "state")
         load(newest, trainer.model, trainer.optimizer, trainer.average)
@@ -164,7 +164,7 @@ def test_a_resumed_process_gives_the_same_numbers_to_the_bit(tmp_path: Path):
 
 
 def test_a_state_is_whole_as_soon_as_it_is_written_and_milestones_stay(tmp_path: Path):
-    trainer, checkpointer = Trainer(ParallelConfig()), Checkpointer(tmp_path, keep=1, milestone_every=2)
+    trainer, checkpointer = Trainer(ParallelConfig()), StateWriter(tmp_path, keep=1, milestone_every=2)
     for step in (1, 2, 3, 4, 5):
         checkpointer.save(step, trainer.model, trainer.optimizer, trainer.average, {"step": step})
     # nobody waits for the last one, and it gets its name all the same
@@ -177,7 +177,7 @@ def test_a_state_is_whole_as_soon_as_it_is_written_and_milestones_stay(tmp_path:
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_refused(tmp_path: Path):
-    trainer, checkpointer = Trainer(ParallelConfig()), Checkpointer(tmp_path, keep=3)
+    trainer, checkpointer = Trainer(ParallelConfig()), StateWriter(tmp_path, keep=3)
     for step in (1, 2):
         checkpointer.save(step, trainer.model, trainer.optimizer, trainer.average, {"step": step})
     checkpointer.wait()
@@ -197,17 +197,17 @@ def test_what_a_kill_left_half_written_is_no_checkpoint(tmp_path: Path):
     (tmp_path / "step-00000007.part").mkdir()
     (tmp_path / "step-00000007.part" / "__0_0.distcp").write_bytes(b"half")
     assert newest_whole(tmp_path) == (None, [])
-    assert Checkpointer(tmp_path, keep=1).begin(0) == [] == list(tmp_path.iterdir())
+    assert StateWriter(tmp_path, keep=1).begin(0) == [] == list(tmp_path.iterdir())
 
 
 def test_states_after_the_one_that_a_run_goes_on_from_are_set_aside(tmp_path: Path):
     """Damaged, or of a course that is left; else the next state would be older than they, and go first."""
-    trainer, checkpointer = Trainer(ParallelConfig()), Checkpointer(tmp_path, keep=1, milestone_every=2)
+    trainer, checkpointer = Trainer(ParallelConfig()), StateWriter(tmp_path, keep=1, milestone_every=2)
     for step in (2, 4, 6):
         checkpointer.save(step, trainer.model, trainer.optimizer, trainer.average, {"step": step})
     checkpointer.wait()
     (tmp_path / "step-00000006-copy").mkdir()  # a user's, which is nobody else's business
-    again = Checkpointer(tmp_path, keep=1)
+    again = StateWriter(tmp_path, keep=1)
     assert [path.name for path in again.begin(2)] == ["step-00000004.abandoned", "step-00000006.abandoned"]
     again.save(3, trainer.model, trainer.optimizer, trainer.average, {"step": 3})
     again.wait()
@@ -219,7 +219,7 @@ def test_states_after_the_one_that_a_run_goes_on_from_are_set_aside(tmp_path: Pa
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
-    trainer, checkpointer = Trainer(ParallelConfig()), Checkpointer(tmp_path, keep=1)
+    trainer, checkpointer = Trainer(ParallelConfig()), StateWriter(tmp_path, keep=1)
     checkpointer.save(1, trainer.model, trainer.optimizer, trainer.average, {})
     checkpointer.wait()
     other = PEAudioVideo(replace(config(), output_dim=30))

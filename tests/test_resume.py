@@ -29,8 +29,10 @@ from pe_av.config.compose import config_dir, from_dict
 from pe_av.device import precision_context
 from pe_av.loss import LossOutput, contrastive_loss
 from pe_av.training.contrastive import Contrastive
-from pe_av.training.run import MOST_SKIPPED, Run, Stopped
+from pe_av.training.skipped import MOST_SKIPPED
 from pe_av.training.states import damage, newest_whole
+from pe_av.training.stopping import Stopped, locked
+from pe_av.training.trainer import Trainer
 
 # a codec of a quarter of the width takes a tenth of the time
 SMALL = ["data.demo.train_clips=24", "data.demo.eval_clips=4", "batch_size=8", "data.num_workers=0", "log_every=1"]
@@ -156,7 +158,7 @@ def test_torchrun_goes_on_when_a_rank_is_lost(tmp_path: Path, world: list[str], 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["resume=nowhere"], "nowhere: no checksums.json there, so this is no checkpoint of a run"),
+        (["resume=nowhere"], "nowhere: no checksums.json there, so this is no state of a run"),
         (["best=R@2"], "best=R@2 is no figure of the evaluation; did you mean R@1?"),
         (["parallel.shard_bf16=true", "precision=fp32"], "parallel.shard_bf16 gathers weights in bfloat16 and needs"),
         (["parallel.strategy=tensor"], "parallel.strategy=tensor is unknown"),
@@ -173,15 +175,15 @@ def test_a_mistake_costs_one_line(tmp_path: Path, world: list[str], overrides: l
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process; they would take as long as the steps, and the commands draw them."""
     monkeypatch.setattr("pe_av.training.contrastive.plot_similarity", lambda *_: None)
-    monkeypatch.setattr("pe_av.training.run.plot_losses", lambda *_: None)
+    monkeypatch.setattr("pe_av.training.evaluating.plot_losses", lambda *_: None)
 
 
-def run(folder: Path, overrides: list[str]) -> Run:
+def run(folder: Path, overrides: list[str]) -> Trainer:
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         composed = compose("train", overrides=overrides)
     config = from_dict(TrainConfig, OmegaConf.to_container(composed), source="test")
-    return Run(config, folder, torch.device("cpu"), Contrastive)
+    return Trainer(config, folder, torch.device("cpu"), Contrastive)
 
 
 def test_half_precision_is_refused_where_a_gpu_has_none(monkeypatch):
@@ -279,7 +281,7 @@ def test_compiled_blocks_learn_the_same_and_are_counted_too(tmp_path: Path, worl
     compiled.train()
     found, expected = (torch.tensor(losses(tmp_path / name)) for name in ("compiled", "eager"))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert compiled.clip_flops == eager.clip_flops > 0
+    assert compiled.learner.clip_flops == eager.learner.clip_flops > 0
 
 
 @pytest.mark.parametrize("recipe", ["all", "locked", "heads", "lora"])
@@ -322,7 +324,7 @@ def test_biases_start_where_other_pairs_are_as_rare_as_in_a_batch(tmp_path: Path
 def test_an_evaluation_that_a_stop_left_out_is_made_when_the_run_goes_on(tmp_path: Path, world: list[str], monkeypatch):
     """Here in the last step. The run keeps its tokenizer, and may begin to watch other clips."""
     stopped = run(tmp_path, [*world, "steps=1"])
-    stopped.signal = signal.SIGTERM
+    stopped.requests.signal = signal.SIGTERM
     with pytest.raises(Stopped):
         stopped.train()
     assert not (tmp_path / "metrics.json").exists()
@@ -336,10 +338,8 @@ def test_an_evaluation_that_a_stop_left_out_is_made_when_the_run_goes_on(tmp_pat
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path, world: list[str]):
     first, second = (run(tmp_path, [*world, "steps=1"]) for _ in range(2))
-    lock = first._locked()
-    with pytest.raises(ConfigError, match="another process trains there"):
+    with locked(first.folder), pytest.raises(ConfigError, match="another process trains there"):
         second.train()
-    os.close(lock)
     second.train()
 
 
@@ -357,7 +357,7 @@ def test_settings_that_a_state_fixes_are_refused_and_others_hold_from_there_on(t
     going_on.train()
     row = json.loads((tmp_path / "history.jsonl").read_text().splitlines()[-1])
     assert row["step"] == 4 and row["lr"] == pytest.approx(1e-4 * (1 + math.cos(math.pi * 3 / 4)) / 2)
-    assert {group["weight_decay"] for group in going_on.optimizer.param_groups} == {0.0, 0.5}
+    assert {group["weight_decay"] for group in going_on.learner.optimizer.param_groups} == {0.0, 0.5}
     assert "lr: 0.0001" in (tmp_path / "config.yaml").read_text()
 
 

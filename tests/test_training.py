@@ -227,13 +227,13 @@ def test_the_tokenizer_writes_any_text_and_marks_its_ends():
 
 def demo_run(folder: Path, *overrides: str) -> dict[str, dict[str, float]]:
     from pe_av.training.contrastive import Contrastive
-    from pe_av.training.run import Run
+    from pe_av.training.trainer import Trainer
 
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         composed = compose("train", overrides=list(overrides))
     config = from_dict(TrainConfig, OmegaConf.to_container(composed), source="test")
-    return Run(config, folder, torch.device("cpu"), Contrastive).train()
+    return Trainer(config, folder, torch.device("cpu"), Contrastive).train()
 
 
 @pytest.mark.slow

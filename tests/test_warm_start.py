@@ -27,7 +27,7 @@ from pe_av.config.compose import config_dir, from_dict
 from pe_av.conversion.warm_start import fold_weight_norm, warm_start
 from pe_av.media.tokenizer import train_tokenizer
 from pe_av.training.contrastive import Contrastive
-from pe_av.training.run import Run
+from pe_av.training.trainer import Trainer
 
 WEIGHTS = "model.safetensors"
 
@@ -377,13 +377,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("world")
 
 
-def run(folder: Path, world: Path, *overrides: str) -> Run:
+def run(folder: Path, world: Path, *overrides: str) -> Trainer:
     small = ["data.demo.train_clips=24", "data.demo.eval_clips=8", "batch_size=8", "eval_batch_size=4", "steps=2"]
     small += ["data.num_workers=0", "data.in_memory=false", f"data.demo.root={world}", *overrides]
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         composed = compose("train", overrides=small)
-    return Run(
+    return Trainer(
         from_dict(TrainConfig, OmegaConf.to_container(composed), source="test"),
         folder,
         torch.device("cpu"),

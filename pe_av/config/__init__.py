@@ -1,7 +1,7 @@
-"""Every setting there is, as dataclasses that the YAML under `configs/` is checked against.
+"""Every setting, as dataclasses that the YAML under `configs/` is checked against.
 
-model.py, data.py and run.py hold the settings, checks.py what they check themselves with, compose.py how they are read
-from YAML and the command line. Nothing here imports torch.
+The settings are in model.py, data.py and run.py; checks.py has the checks that they share, and compose.py reads
+settings from YAML and the command line. Nothing here imports torch.
 """
 
 from pe_av.config.checks import ConfigError, nearest, one_of, require
@@ -25,7 +25,6 @@ from pe_av.config.model import (
     VisionConfig,
 )
 from pe_av.config.run import (
-    FIXED_ON_RESUME,
     ConvertConfig,
     EvalConfig,
     InitConfig,
@@ -40,41 +39,9 @@ from pe_av.config.run import (
 )
 
 __all__ = [
-    "ACTIVATIONS",
-    "ARCHITECTURES",
-    "ATTENTIONS",
-    "AudioConfig",
-    "CAPTIONS",
-    "CodecConfig",
-    "ConfigError",
-    "ConvertConfig",
-    "DataConfig",
-    "DemoConfig",
-    "EvalConfig",
-    "FIXED_ON_RESUME",
-    "PEAudioFrameConfig",
-    "SpanDemoConfig",
-    "SpanTrainConfig",
-    "HEADS",
-    "InitConfig",
-    "LoraConfig",
-    "LossConfig",
-    "MixConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "PAIRINGS",
-    "Pairing",
-    "ParallelConfig",
-    "RopeConfig",
-    "RunConfig",
-    "StampsConfig",
-    "TOWERS",
-    "TextConfig",
-    "TrainConfig",
-    "TransformerConfig",
-    "VideoConfig",
-    "VisionConfig",
-    "nearest",
-    "one_of",
-    "require",
-]
+    "ACTIVATIONS", "ARCHITECTURES", "ATTENTIONS", "CAPTIONS", "HEADS", "PAIRINGS", "TOWERS", "AudioConfig",
+    "CodecConfig", "ConfigError", "ConvertConfig", "DataConfig", "DemoConfig", "EvalConfig", "InitConfig",
+    "LoraConfig", "LossConfig", "MixConfig", "ModelConfig", "OptimConfig", "PEAudioFrameConfig", "Pairing",
+    "ParallelConfig", "RopeConfig", "RunConfig", "SpanDemoConfig", "SpanTrainConfig", "StampsConfig", "TextConfig",
+    "TrainConfig", "TransformerConfig", "VideoConfig", "VisionConfig", "nearest", "one_of", "require",
+]  # fmt: skip

@@ -1,7 +1,7 @@
-"""From YAML files and the command line to the settings of `config.py`, and the frame of every command.
+"""Reads settings from YAML files and the command line, and runs commands with them.
 
-A misspelt key or a wrong type fails here, with the nearest right name, before anything is built. Nothing here imports
-torch.
+A misspelt key or a value of the wrong type fails here, before anything is built; the message names the nearest right
+key. Nothing here imports torch.
 """
 
 import errno
@@ -20,19 +20,20 @@ from pe_av.config import ARCHITECTURES, ConfigError, ModelConfig, PEAudioFrameCo
 
 
 def config_dir() -> Path:
-    """Folder of the YAML files: beside the package in a checkout, inside it when installed from a wheel."""
+    """The folder of the YAML files: beside the package in a checkout, inside the package if a wheel installed it."""
     package = Path(__file__).parents[1]
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 
 
 def from_dict(schema: type, values: dict[str, Any], source: str) -> Any:
-    """`values` checked against the dataclass `schema` and turned into it.
+    """Check `values` against the dataclass `schema`, and make an instance of it.
 
     Args:
-        source: what to call the origin of the values in an error, e.g. the file's path.
+        source: where the values come from, e.g. the file's path; named in errors.
     Raises:
-        ConfigError: unknown key (the nearest right one is named), wrong type or impossible value.
+        ConfigError: a key is unknown (the message names the nearest right one), or a value is of the wrong type or
+            impossible.
     """
     merged = _merge(schema, values, source)
     try:
@@ -46,7 +47,7 @@ def from_dict(schema: type, values: dict[str, Any], source: str) -> Any:
 
 
 def read_yaml(schema: type, path: Path) -> Any:
-    """The YAML file at `path` as the dataclass `schema`."""
+    """The settings in the YAML file at `path`, as an instance of the dataclass `schema`."""
     return from_dict(schema, _read_mapping(path), source=str(path))
 
 
@@ -58,12 +59,12 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds {type(values).__name__}, not a mapping of settings")
+        raise ConfigError(f"{path}: the file is a YAML {type(values).__name__}, not a mapping of settings")
     return values
 
 
 def read_model_config(path: Path) -> ModelConfig | PEAudioFrameConfig:
-    """The `config.yaml` of a native checkpoint; which model it is of stands under `architecture`."""
+    """The `config.yaml` of a native checkpoint, whose key `architecture` says which model it describes."""
     values = _read_mapping(path)
     architecture = values.pop("architecture", None)
     if architecture not in ARCHITECTURES:
@@ -72,18 +73,19 @@ def read_model_config(path: Path) -> ModelConfig | PEAudioFrameConfig:
 
 
 def model_config_yaml(config: ModelConfig | PEAudioFrameConfig) -> str:
-    """What `read_model_config` reads."""
+    """The text of a `config.yaml` that `read_model_config` reads."""
     architecture = next(name for name, schema in ARCHITECTURES.items() if type(config) is schema)
     return yaml.safe_dump({"architecture": architecture} | asdict(config), sort_keys=False)
 
 
 def model_presets() -> list[str]:
+    """The names that `model=` and `load_preset` take."""
     return sorted(path.stem for path in (config_dir() / "model").glob("*.yaml"))
 
 
 def load_preset(name: str) -> ModelConfig:
-    """The model of `configs/model/<name>.yaml`, with what that file builds on."""
-    from hydra import compose, initialize_config_dir  # half a second that `import pe_av` need not wait for
+    """The model of `configs/model/<name>.yaml`, and of the files that this one builds on."""
+    from hydra import compose, initialize_config_dir  # takes half a second, which `import pe_av` should not
 
     one_of("model", name, model_presets())
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -92,10 +94,10 @@ def load_preset(name: str) -> ModelConfig:
 
 
 def check_overrides(schema: type, arguments: Sequence[str]) -> None:
-    """Refuse a misspelt `key=value` on the command line, naming the nearest right key or group member.
+    """Refuse a misspelt `key=value` on the command line, naming the nearest right key or file of a config group.
 
     Raises:
-        ConfigError: for the first argument that names no setting of `schema` and no file of a config group.
+        ConfigError: an argument names no setting of `schema` and no file of a group, or its value has the wrong type.
     """
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -104,23 +106,23 @@ def check_overrides(schema: type, arguments: Sequence[str]) -> None:
         key = key.lstrip("+~")
         group = config_dir() / key.split("@")[0]
         if group.is_dir():
-            if "," not in value:  # a sweep is Hydra's to check
+            if "," not in value:  # several files, as in a sweep, are left to Hydra
                 one_of(key, value, sorted(path.stem for path in group.glob("*.yaml")))
         else:
             nested = _nested(key, _value(argument, value))
             _check_keys(schema, nested, source="command line", prefix="")
-            if "," not in value or value[0] in "[{":  # the values of a sweep are Hydra's to check
+            if "," not in value or value[0] in "[{":  # the values of a sweep are left to Hydra
                 _merge(schema, nested, source="command line")
 
 
 def run_command(schema: type, config_name: str, run: Callable[[Any, Path], object]) -> None:
-    """A command of `key=value` arguments, from reading them to its exit code.
+    """Run a command with the `key=value` arguments of this process, and end the process with its exit code.
 
     Args:
-        schema: what the settings are checked against.
-        config_name: of the YAML under `configs/` that they are merged into.
-        run: is given the settings and the folder that the command writes to. What it raises for the user to read,
-            `ValueError` and `OSError`, ends in one line and exit code 1.
+        schema: the dataclass that the settings are checked against.
+        config_name: name of the YAML file under `configs/` that has the command's defaults.
+        run: called with the settings and the folder that the command writes to. If it raises a `ValueError` or an
+            `OSError`, the user sees one line, and the exit code is 1.
     """
     import hydra
     from hydra.core.config_store import ConfigStore
@@ -134,23 +136,24 @@ def run_command(schema: type, config_name: str, run: Callable[[Any, Path], objec
         try:
             run(from_dict(schema, OmegaConf.to_container(composed), source="config"), folder)
         except (ValueError, OSError) as error:
-            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-            sys.exit(f"error: {f'{folder}: ' if full else ''}{error}")
+            disk_full = isinstance(error, OSError) and error.errno == errno.ENOSPC  # such an error names no file
+            sys.exit(f"error: {f'{folder}: ' if disk_full else ''}{error}")
         except KeyboardInterrupt:
             sys.exit(130)
 
     try:
         check_overrides(schema, sys.argv[1:])
-    except ValueError as error:  # a ConfigError, or a value that YAML reads as an impossible date
+    except ValueError as error:  # a ConfigError; or YAML takes a value for a date, and there is no such date
         sys.exit(f"error: {error}")
     sys.argv[1:] = _with_named_sections(schema, sys.argv[1:])
     if os.environ.get("RANK", "0") != "0" and not any(one.startswith("hydra.run.dir=") for one in sys.argv):
-        sys.argv.append("hydra.run.dir=.")  # rank 0's folder is that of all; another second would name another one
+        # all ranks use rank 0's folder; the default, named after the time, could differ from rank to rank
+        sys.argv.append("hydra.run.dir=.")
     main()
 
 
 def _value(argument: str, text: str) -> Any:
-    """Of an override; where it has brackets, as Hydra reads it, which is not quite YAML."""
+    """The value of an override. If it has brackets, it is read as Hydra does, which is not quite YAML."""
     if text[:1] not in "[{" or not text:
         return yaml.safe_load(text)
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -163,8 +166,8 @@ def _value(argument: str, text: str) -> Any:
 
 
 def _with_named_sections(schema: type, arguments: Sequence[str]) -> list[str]:
-    """The overrides as Hydra takes them: it knows no key whose name is the user's to choose, such as that of a data set
-    in data.mix, so all below such a mapping become one override of the whole, `++data.mix={name:{…}}`."""
+    """The overrides in a form that Hydra takes. It refuses keys that users name themselves, such as those of the data
+    sets in data.mix, so all overrides below such a mapping become one of the whole mapping, `++data.mix={name:{…}}`."""
     kept, named = [], {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -173,7 +176,7 @@ def _with_named_sections(schema: type, arguments: Sequence[str]) -> list[str]:
         if mapping is None:
             kept.append(argument)
             continue
-        if mapping == key:  # all of it at once
+        if mapping == key:  # the argument sets the whole mapping
             kept.append(f"++{key}={value}")
             continue
         *path, last = key.removeprefix(f"{mapping}.").split(".")
@@ -185,7 +188,7 @@ def _with_named_sections(schema: type, arguments: Sequence[str]) -> list[str]:
 
 
 def _mapping_above(schema: type, key: str) -> str | None:
-    """The part of a dotted key, or all of it, that is a mapping from names to values."""
+    """The beginning of a dotted key, or all of it, that leads to a mapping from names to values; else None."""
     parts = key.split(".")
     for count, part in enumerate(parts, start=1):
         types = get_type_hints(schema) if is_dataclass(schema) else {}
@@ -198,13 +201,14 @@ def _mapping_above(schema: type, key: str) -> str | None:
 
 
 def _literal(value: Any) -> str:
-    """Of a mapping in Hydra's grammar; what is no mapping stands there as it was written."""
+    """A mapping in Hydra's grammar, with the values as the user wrote them."""
     if not isinstance(value, dict):
         return value
     return "{" + ",".join(f"{name}:{_literal(inner)}" for name, inner in value.items()) + "}"
 
 
 def _nested(dotted: str, value: Any) -> dict[str, Any]:
+    """From "a.b" and 1 to {"a": {"b": 1}}."""
     head, _, rest = dotted.partition(".")
     return {head: _nested(rest, value) if rest else value}
 
@@ -228,13 +232,13 @@ def _check_keys(schema: type, values: dict[str, Any], source: str, prefix: str) 
         sections = {f"{prefix}{key}": value}
         if get_origin(types[key]) is list:
             if not isinstance(value, list):
-                raise ConfigError(f"{source}: {prefix}{key} is a list of sections, not {value!r}")
+                raise ConfigError(f"{source}: {prefix}{key} must be a list of sections, not {value!r}")
             sections = {f"{prefix}{key}[{i}]": item for i, item in enumerate(value)}
         elif get_origin(types[key]) is dict:
             if not isinstance(value, dict):
-                raise ConfigError(f"{source}: {prefix}{key} names sections, and is not {value!r}")
+                raise ConfigError(f"{source}: {prefix}{key} must be a mapping from names to sections, not {value!r}")
             sections = {f"{prefix}{key}.{name}": item for name, item in value.items()}
         for name, section in sections.items():
             if not isinstance(section, dict):
-                raise ConfigError(f"{source}: {name} is a section of settings, not {section!r}")
+                raise ConfigError(f"{source}: {name} must be a section of settings, not {section!r}")
             _check_keys(inner, section, source, prefix=f"{name}.")

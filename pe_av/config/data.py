@@ -1,4 +1,4 @@
-"""The settings of the data: which clips, and how they are read."""
+"""The settings of the data: which clips there are, and how they are read."""
 
 from dataclasses import dataclass, field
 
@@ -7,30 +7,30 @@ from pe_av.config.checks import require
 
 @dataclass
 class DemoConfig:
-    """The demo world: small scenes, rendered once to MP4 files (data/demo.py)."""
+    """The demo world: small scenes that are rendered to MP4 files on first use (data/demo.py)."""
 
-    root: str = "data/demo"  # where the files go
-    seed: int = 0
+    root: str = "data/demo"  # The folder that the files are written to.
+    seed: int = 0  # Another seed renders other scenes.
     train_clips: int = 1472
     eval_clips: int = 256
 
 
 @dataclass
 class StampsConfig:
-    """The stamps of Tux Paint: captioned pictures with sounds, made into clips once (data/stamps.py)."""
+    """The stamps of Tux Paint: captioned pictures with sounds, made into clips on first use (data/stamps.py)."""
 
-    source: str = "/usr/share/tuxpaint/stamps"  # where the Debian package puts them
-    root: str = "data/stamps"  # where the clips go
-    languages: list[str] = field(default_factory=lambda: ["en", "fr", "es"])  # of the spoken descriptions
+    source: str = "/usr/share/tuxpaint/stamps"  # The folder where the Debian package puts the stamps.
+    root: str = "data/stamps"  # The folder that the clips are written to.
+    languages: list[str] = field(default_factory=lambda: ["en", "fr", "es"])  # Spoken descriptions in these are used.
 
 
 @dataclass
 class MixConfig:
-    """One of several data sets to train on."""
+    """One of several data sets that are mixed for training."""
 
-    train: str  # manifest
-    split: str | None = None  # only the rows of this split; None: all
-    weight: float = 1.0  # how much of an epoch is of it, in proportion to the weights of the others
+    train: str  # Path of the manifest.
+    split: str | None = None  # Use only the rows of this split; null: all rows.
+    weight: float = 1.0  # The set's share of an epoch is its weight divided by the sum of all weights.
 
     def __post_init__(self) -> None:
         require(self.weight > 0, f"data.mix: {self.train}: weight={self.weight} is not positive")
@@ -38,26 +38,33 @@ class MixConfig:
 
 @dataclass
 class DataConfig:
-    """Clips with captions. What a manifest is: data/manifest.py."""
+    """The clips to train and evaluate on, and how they are read. data/manifest.py says what a manifest is."""
 
-    train: str | None = None  # manifest to train on: .jsonl, .csv or .parquet
-    eval: str | None = None  # manifest to evaluate on
-    train_split: str | None = None  # only the rows of this split; None: all
-    eval_split: str | None = None
-    mix: dict[str, MixConfig] = field(default_factory=dict)  # instead of train: name -> set, drawn by weights
-    # instead of train: tar shards that are read one after the other, as s3://bucket/{000..127}.tar (loading/stream.py)
+    train: str | None = None  # Manifest to train on: a .jsonl, .csv or .parquet file.
+    eval: str | None = None  # Manifest to evaluate on.
+    train_split: str | None = None  # Train only on the rows of this split; null: on all.
+    eval_split: str | None = None  # Evaluate only on the rows of this split; null: on all.
+
+    # Instead of `train`: several sets, each with a name of your choice, drawn in proportion to their weights.
+    mix: dict[str, MixConfig] = field(default_factory=dict)
+    # Instead of `train`: tar shards that are read as a stream, such as s3://bucket/{000..127}.tar (loading/stream.py).
     shards: str | None = None
-    shuffle_window: int = 1000  # samples of a stream of shards among which the order is random
-    demo: DemoConfig | None = None  # render the demo world and use its two manifests
-    stamps: StampsConfig | None = None  # or the stamps
-    max_seconds: float = 30.0  # longer files are cut to their first part
-    random_crop: bool = False  # train on another part of a longer clip in every epoch, where its length is known
-    in_memory: bool = False  # decode every file once and keep it: for small sets
-    num_workers: int = 2  # processes that decode while the model trains; 0: decode in the training process
-    time_limit: float = 60.0  # seconds in which a worker must have read a clip; else it is replaced and the clip bad
-    # instead of batch_size: positions of sound, 25 per second, that a batch of all ranks together may hold
+    shuffle_window: int = 1000  # The number of samples of a stream that are shuffled at a time.
+
+    # Instead of manifests: render the demo world, or make clips of the stamps, and use those.
+    demo: DemoConfig | None = None
+    stamps: StampsConfig | None = None
+
+    max_seconds: float = 30.0  # Clips that are longer than this many seconds are cut to their beginning.
+    # Train on another random section of such a clip in every epoch, if the manifest says how long the clip is.
+    random_crop: bool = False
+    in_memory: bool = False  # Decode every file once, before training, and keep the result; for small sets.
+    num_workers: int = 2  # Processes that decode while the model trains; 0: decode in the training process.
+    # Seconds that a worker may take for one clip. After that it is replaced, and the clip counts as damaged.
+    time_limit: float = 60.0
+    # Instead of `batch_size`: fill each batch, of all ranks together, up to this many audio positions (25 per second).
     batch_tokens: int | None = None
-    cache: str | None = None  # folder of features that python -m pe_av.data.cache has computed
+    cache: str | None = None  # Read features from this folder, which python -m pe_av.data.cache has written.
 
     def __post_init__(self) -> None:
         require(self.max_seconds > 0, f"data.max_seconds={self.max_seconds} is not positive")
@@ -68,24 +75,24 @@ class DataConfig:
         )
         require(
             not self.random_crop or (self.cache is None and not self.in_memory),
-            "data.random_crop=true needs the files themselves: unset data.cache and data.in_memory",
+            "data.random_crop=true decodes another section every time: unset data.cache and data.in_memory",
         )
         sources = {"train": self.train, "mix": self.mix or None, "shards": self.shards}
         given = [f"data.{name}" for name, source in sources.items() if source is not None]
-        require(len(given) <= 1, f"{' and '.join(given)} are both set: train on one of them; a mix may have many sets")
+        require(len(given) <= 1, f"{' and '.join(given)} are both set: set only one; data.mix can name several sets")
         require(
             self.shards is None or (self.cache is None and not self.in_memory and self.batch_tokens is None),
-            "data.shards is read as a stream: it goes with none of data.cache, data.in_memory and data.batch_tokens",
+            "data.shards is read as a stream, without data.cache, data.in_memory and data.batch_tokens: unset these",
         )
         require(self.shuffle_window >= 1, f"data.shuffle_window={self.shuffle_window} is not positive")
 
 
 @dataclass
 class SpanDemoConfig:
-    """Sounds at different times, and the caption of one of them (data/span_demo.py)."""
+    """The demo for frame-level training: recordings of two sounds, with the caption of one (data/span_demo.py)."""
 
-    root: str = "data/frame_demo"
-    seed: int = 0
+    root: str = "data/frame_demo"  # The folder that the files are written to.
+    seed: int = 0  # Another seed renders other recordings.
     train_clips: int = 480
     eval_clips: int = 96
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from pe_av.config.checks import one_of, require
 
-# (left, right) embeddings of each pairing: `logits_<pairing>` has the left ones in its rows (design, section 3)
+# (left, right) embeddings of each pairing: the rows of `logits_<pairing>` are the left ones
 PAIRINGS: dict[str, tuple[str, str]] = {
     "audio_text": ("audio", "text_audio"),
     "video_text": ("video", "text_video"),
@@ -15,8 +15,7 @@ PAIRINGS: dict[str, tuple[str, str]] = {
     "video_plus_text_audio": ("video_plus_text", "audio"),
 }
 
-
-# the parts that each embedding is made with
+# the towers that each embedding is made with
 HEADS: dict[str, tuple[str, ...]] = {
     "audio": ("audio",),
     "video": ("video",),
@@ -28,15 +27,12 @@ HEADS: dict[str, tuple[str, ...]] = {
     "video_plus_text": ("video", "text"),
 }
 
-
 TOWERS = ("text", "audio", "video", "fusion")
 
-
-CAPTIONS = ("audio", "visual", "audio_visual")  # what a caption can tell of a clip, where it has one of each
-
+# kinds of caption: of what is heard, of what is seen, and of both
+CAPTIONS = ("audio", "visual", "audio_visual")
 
 ATTENTIONS = ("eager", "sdpa", "flex")
-
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")  # the names that published configs use
 
@@ -45,26 +41,25 @@ ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")  # the names that pu
 class RopeConfig:
     """Rotary position embedding of a temporal transformer."""
 
-    rope_type: str = (
-        "default"  # default | linear (positions divided by `factor`) | dynamic (base grows past the maximum)
-    )
-    rope_theta: float = 20_000.0
-    factor: float = 1.0  # used by linear and dynamic
+    # default | linear (positions are divided by `factor`) | dynamic (the base grows with inputs beyond the maximum)
+    rope_type: str = "default"
+    rope_theta: float = 20_000.0  # The base of the angles.
+    factor: float = 1.0  # Used by linear and dynamic.
 
 
 @dataclass
 class TransformerConfig:
-    """The encoder over time that audio, video and fusion share (paper, section 3)."""
+    """The transformer over time that the audio, video and fusion towers have (paper, section 3)."""
 
     hidden_size: int = 1792
-    intermediate_size: int = 4800  # width of the gated MLP
+    intermediate_size: int = 4800  # The width of the gated MLP.
     num_hidden_layers: int = 28
     num_attention_heads: int = 14
-    num_key_value_heads: int | None = None  # None: as many as attention heads; fewer: grouped-query attention
+    num_key_value_heads: int | None = None  # Fewer than attention heads: grouped-query attention; null: as many.
     head_dim: int = 128
     hidden_act: str = "silu"
-    max_position_embeddings: int = 10_000  # positions, the class token included; 400 s at 25 per second
-    initializer_range: float = 0.02  # standard deviation of the normal that weights start from
+    max_position_embeddings: int = 10_000  # Positions, including the class token: 400 s at 25 per second.
+    initializer_range: float = 0.02  # Weights start from a normal distribution with this standard deviation.
     rms_norm_eps: float = 1e-5
     rope_parameters: RopeConfig = field(default_factory=RopeConfig)
     attention_bias: bool = False
@@ -89,7 +84,7 @@ class TransformerConfig:
 
 @dataclass
 class TextConfig:
-    """ModernBERT (arXiv 2412.13663), of which token 0 after layer `nth_text_layer` is the text feature."""
+    """ModernBERT (arXiv 2412.13663). Its output at token 0, after layer `nth_text_layer`, is the text feature."""
 
     vocab_size: int = 50_368
     hidden_size: int = 1024
@@ -98,16 +93,16 @@ class TextConfig:
     num_attention_heads: int = 16
     hidden_act: str = "gelu"
     max_position_embeddings: int = 8192
-    global_attn_every_n_layers: int = 3  # layers 0, 3, 6, … see everything
-    local_attention: int = 128  # the others see |i − j| <= local_attention / 2
+    global_attn_every_n_layers: int = 3  # Layers 0, 3, 6, … attend to all tokens.
+    local_attention: int = 128  # The other layers attend to tokens with |i − j| <= local_attention / 2.
     global_rope_theta: float = 160_000.0
     local_rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     initializer_range: float = 0.02
     attention_dropout: float = 0.0
     pad_token_id: int = 50_283
-    nth_text_layer: int = 22  # 1 … num_hidden_layers; what comes after it is kept for exchange and frozen
-    max_tokens: int = 512  # the longest caption that the processor passes on
+    nth_text_layer: int = 22  # 1 … num_hidden_layers. Later layers are frozen, and kept only for conversion.
+    max_tokens: int = 512  # The processor cuts captions to this many tokens.
 
     def __post_init__(self) -> None:
         require(
@@ -128,18 +123,19 @@ class TextConfig:
 
 @dataclass
 class CodecConfig:
-    """DAC-VAE encoder (arXiv 2306.06546): waveform to latent frames."""
+    """The DAC-VAE encoder (arXiv 2306.06546): from a waveform to positions."""
 
-    sampling_rate: int = 48_000  # Hz
-    encoder_hidden_size: int = 64  # doubles at every stage
+    sampling_rate: int = 48_000  # In Hz.
+    encoder_hidden_size: int = 64  # The width of the first stage; every stage doubles it.
     downsampling_ratios: list[int] = field(default_factory=lambda: [2, 8, 10, 12])
-    codebook_dim: int = 128  # width of the latent mean, which is what the audio transformer reads
-    trainable: bool = False  # published checkpoints freeze it
-    tile_seconds: float | None = None  # a frozen codec encodes in tiles of this length, which bounds memory; None: 10 s
+    codebook_dim: int = 128  # The width of the latent mean, which is the input of the audio transformer.
+    trainable: bool = False  # Whether it is trained; in published checkpoints it is frozen.
+    # A frozen codec encodes in tiles of this many seconds, which bounds its memory; null: 10 s.
+    tile_seconds: float | None = None
 
     @property
     def hop_length(self) -> int:
-        """Samples per latent frame."""
+        """Samples per position."""
         hop = 1
         for ratio in self.downsampling_ratios:
             hop *= ratio
@@ -148,18 +144,19 @@ class CodecConfig:
 
 @dataclass
 class VisionConfig:
-    """PE-Core vision transformer (arXiv 2504.13181); the defaults are PE-Core-L14-336."""
+    """The PE-Core vision transformer (arXiv 2504.13181). The defaults are those of PE-Core-L14-336."""
 
-    image_size: int = 336  # pixels, square
+    image_size: int = 336  # Width and height of a frame, in pixels.
     patch_size: int = 14
     hidden_size: int = 1024
     intermediate_size: int = 4096
     num_hidden_layers: int = 24
     num_attention_heads: int = 16
     output_dim: int = 1024
-    proj_bias: bool = False  # of the projection to output_dim: the original has none, transformers one that starts at 0
+    # Whether the projection to output_dim has a bias. The original has none; transformers adds one, which starts at 0.
+    proj_bias: bool = False
     use_class_token: bool = True
-    pool_heads: int = 8  # heads of the attention pooling
+    pool_heads: int = 8  # The heads of the attention pooling.
     rope_theta: float = 10_000.0
     initializer_range: float = 0.02
 
@@ -189,8 +186,9 @@ class AudioConfig:
 class VideoConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     transformer: TransformerConfig = field(default_factory=lambda: TransformerConfig(num_hidden_layers=4))
-    num_frames: int | None = None  # frames spread evenly over the clip, as the 16-frame models want; None: every frame
-    frames_per_second: float | None = None  # instead of num_frames: sample at this rate
+    # Use this many frames, spread evenly over the clip, as the 16-frame models do; null: use every frame.
+    num_frames: int | None = None
+    frames_per_second: float | None = None  # Instead of num_frames: sample frames at this rate.
 
     def __post_init__(self) -> None:
         require(
@@ -206,16 +204,18 @@ class VideoConfig:
 
 @dataclass
 class ModelConfig:
-    """PE-AV: three towers, a fusion of two of them, eight heads, six scales and biases."""
+    """PE-AV: text, audio and video towers, a fusion of audio and video, eight heads, six logit scales and biases."""
 
     text: TextConfig = field(default_factory=TextConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     fusion: TransformerConfig = field(default_factory=lambda: TransformerConfig(num_hidden_layers=6))
-    heads: list[str] = field(default_factory=lambda: list(HEADS))  # the embeddings; parts that none needs are not built
-    output_dim: int = 1024  # width of the shared space
-    attention: str = "sdpa"  # eager (can return the weights) | sdpa | flex
-    logit_scale_init: float = 10.0  # s and b of every pairing at the start (arXiv 2303.15343, section 3.2)
+    heads: list[str] = field(
+        default_factory=lambda: list(HEADS)
+    )  # The embeddings. Towers that none needs are not built.
+    output_dim: int = 1024  # The width of the embeddings.
+    attention: str = "sdpa"  # eager (can return attention weights) | sdpa | flex
+    logit_scale_init: float = 10.0  # Scale s and bias b of each pairing at the start (arXiv 2303.15343, section 3.2).
     logit_bias_init: float = -10.0
 
     def __post_init__(self) -> None:
@@ -227,14 +227,14 @@ class ModelConfig:
 
     @property
     def towers(self) -> tuple[str, ...]:
-        """The parts that some head needs."""
+        """The towers that some head needs."""
         return tuple(tower for tower in TOWERS if any(tower in HEADS[name] for name in self.heads))
 
     def keep(self, towers: Sequence[str]) -> "ModelConfig":
-        """The same model without the heads, and so without the parts, that need more than `towers`.
+        """The same model with only those heads that `towers` are enough for.
 
         Raises:
-            ConfigError: an unknown part, one that this model does not have, or none whose head would be left.
+            ConfigError: there is no such tower, this model does not have it, or no head would be left.
         """
         for tower in towers:
             one_of("towers", tower, TOWERS)
@@ -246,12 +246,12 @@ class ModelConfig:
 
 @dataclass
 class PEAudioFrameConfig:
-    """PE-A-Frame: text and audio towers, and an embedding for every audio frame."""
+    """PE-A-Frame: text and audio towers, with an embedding for every position of the audio."""
 
     text: TextConfig = field(default_factory=TextConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
-    output_dim: int = 1024  # width of the shared space
-    attention: str = "sdpa"  # eager | sdpa | flex
+    output_dim: int = 1024  # The width of the embeddings.
+    attention: str = "sdpa"  # eager (can return attention weights) | sdpa | flex
     logit_scale_init: float = 10.0
     logit_bias_init: float = -10.0
 
@@ -259,7 +259,8 @@ class PEAudioFrameConfig:
         _check_attention(self.attention, {"text": self.text, "audio": self.audio.transformer})
 
 
-ARCHITECTURES = {"PEAudioVideo": ModelConfig, "PEAudioFrame": PEAudioFrameConfig}  # the names stand in checkpoints
+# by the name that stands under `architecture` in a checkpoint's config.yaml
+ARCHITECTURES = {"PEAudioVideo": ModelConfig, "PEAudioFrame": PEAudioFrameConfig}
 
 
 def _check_attention(attention: str, parts: dict[str, TransformerConfig | TextConfig]) -> None:
@@ -267,5 +268,5 @@ def _check_attention(attention: str, parts: dict[str, TransformerConfig | TextCo
     for name, part in parts.items():
         require(
             attention != "flex" or part.attention_dropout == 0,
-            f"{name}: attention_dropout={part.attention_dropout} needs attention=sdpa or eager; flex has none",
+            f"{name}: attention_dropout={part.attention_dropout} needs attention=sdpa or eager; flex has no dropout",
         )

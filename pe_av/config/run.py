@@ -9,17 +9,19 @@ from pe_av.config.model import CAPTIONS, HEADS, PAIRINGS, ModelConfig, PEAudioFr
 
 @dataclass
 class Pairing:
-    """One contrastive objective: left embeddings against right ones, row i of both belonging together.
+    """One contrastive objective: left embeddings against right ones, of which row i belongs to row i.
 
-    An embedding of a caption of a certain kind is called `<embedding>@<kind>`, e.g. "text_audio@audio_visual".
+    An embedding made with a caption of a certain kind is called `<embedding>@<kind>`, as "text_audio@audio_visual".
     """
 
-    name: str  # under which its loss is reported
-    left: str  # embedding, of HEADS
-    right: str
-    caption: str | None = None  # the kind, of CAPTIONS, that its text is of; None: a clip has one caption for all
-    weight: float = 1.0  # in the sum; 0 only reports it
-    logits: str | None = None  # the pairing, of PAIRINGS, whose scale and bias it uses; None: the one with its sides
+    name: str  # The name under which its loss is reported.
+    left: str  # An embedding, one of HEADS.
+    right: str  # The embedding that the left one is compared with.
+    # The kind of caption that its text is taken from, one of CAPTIONS; null: clips have one caption of everything.
+    caption: str | None = None
+    weight: float = 1.0  # Its weight in the total loss. With 0 its loss is only reported.
+    # The pairing, one of PAIRINGS, whose logit scale and bias it uses; null: the one with the same two embeddings.
+    logits: str | None = None
 
     def __post_init__(self) -> None:
         where = f"loss.pairings: {self.name}"
@@ -36,27 +38,27 @@ class Pairing:
             self.logits = next((name for name, sides in PAIRINGS.items() if sides == (self.left, self.right)), None)
             require(
                 self.logits is not None,
-                f"{where}: {self.left} and {self.right} are none of the pairings that have a scale and a bias: "
-                f"set logits to the one whose it shall use, of {', '.join(PAIRINGS)}",
+                f"{where}: {self.left} and {self.right} are none of the pairings that have a scale and a bias: set "
+                f"logits to the pairing whose scale and bias it should use, one of {', '.join(PAIRINGS)}",
             )
         one_of(f"{where}: logits", self.logits, PAIRINGS)
 
     @property
     def embeddings(self) -> tuple[str, str]:
-        """(left, right), with the caption's kind where there is one and text is part of the embedding."""
+        """(left, right); those that are made with text have the caption's kind appended, if there is one."""
         sides = (self.left, self.right)
         return tuple(f"{s}@{self.caption}" if self.caption and "text" in HEADS[s] else s for s in sides)
 
 
 @dataclass
 class LossConfig:
-    """Sigmoid contrastive loss: what is paired with what (configs/loss), and with which weight in the sum."""
+    """The sigmoid contrastive loss: what is paired with what (configs/loss), and with which weights."""
 
-    # factor on the weight of all pairings that use this one's scale and bias; 0 learns nothing from them
+    # Factors on the weights of pairings, by the pairing whose scale and bias they use. With 0 a loss is only reported.
     weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PAIRINGS, 1.0))
     pairings: list[Pairing] = field(default_factory=lambda: [Pairing(name, *PAIRINGS[name]) for name in PAIRINGS])
-    # start biases where a pair that does not belong together has a probability of 1 / batch_size, on the evaluation
-    # set: a checkpoint's biases are those of the batches that it was trained with
+    # Before training, set the biases so that evaluation clips that do not belong together have a probability of
+    # 1 / batch_size. For fine-tuning: the biases of a checkpoint suit the batch size that it was trained with.
     start_bias: bool = False
 
     def __post_init__(self) -> None:
@@ -64,11 +66,11 @@ class LossConfig:
             one_of("loss.weights", name, PAIRINGS)
             require(weight >= 0, f"loss.weights.{name}={weight} is negative")
         names = [pairing.name for pairing in self.pairings]
-        require(bool(names), "loss.pairings is empty: there is nothing to learn from")
+        require(bool(names), "loss.pairings is empty: name at least one pairing")
         twice = next((name for name in names if names.count(name) > 1), None)
         require(twice is None, f"loss.pairings: {twice} is the name of two pairings: rename one")
         learned = any(pairing.weight for pairing in self.weighted())
-        require(learned, "loss.weights: every pairing has weight 0, so nothing would be learned")
+        require(learned, "loss.weights: every pairing has weight 0, so there is nothing to learn")
 
     def weighted(self) -> list[Pairing]:
         """The pairings, each with its weight times the factor in `weights`."""
@@ -77,20 +79,22 @@ class LossConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW with linear warm-up, then cosine decay to `final_lr_ratio` or a constant rate."""
+    """AdamW, its learning rate schedule, and which parts of the model it trains (training/optim.py)."""
 
-    lr: float = 1e-3
-    weight_decay: float = 0.05  # on matrices only: not on norms, biases, scales, embeddings of position
+    lr: float = 1e-3  # The highest learning rate, reached after the warm-up.
+    weight_decay: float = 0.05  # Applied to matrices, but not to norms, biases, position embeddings and logit scales.
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     eps: float = 1e-8
-    schedule: str = "cosine"  # cosine | constant
-    warmup_steps: int = 100
+    warmup_steps: int = 100  # The learning rate rises linearly over this many steps.
+    # After the warm-up the rate follows half a cosine down to final_lr_ratio · lr (cosine), or stays (constant).
+    schedule: str = "cosine"
     final_lr_ratio: float = 0.0
-    clip_norm: float = 1.0  # largest global gradient norm
-    freeze: list[str] = field(default_factory=list)  # parts that stay as they are, e.g. [text, video.vision]
-    lr_scale: dict[str, float] = field(default_factory=dict)  # part -> factor on its learning rate, e.g. {text: 0.1}
-    layer_decay: float = 1.0  # factor on the rate from each layer of a tower to the one below it
-    ema: float | None = None  # decay of an average of the weights, which is then evaluated and exported
+    clip_norm: float = 1.0  # A gradient whose global norm is larger is scaled down to this norm.
+    freeze: list[str] = field(default_factory=list)  # Parts that are not trained, such as [text, video.vision].
+    lr_scale: dict[str, float] = field(default_factory=dict)  # Factors on the rates of parts, such as {text: 0.1}.
+    layer_decay: float = 1.0  # In each tower, the rate of a layer is this factor times that of the layer above it.
+    # Keep an exponential moving average of the weights with this decay, such as 0.999, and evaluate and export it.
+    ema: float | None = None
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optim.lr={self.lr} is not positive")
@@ -107,10 +111,10 @@ class OptimConfig:
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters in place of training all weights (training/lora.py)."""
+    """Low-rank adapters, trained instead of the weights of the towers (training/lora.py)."""
 
-    rank: int = 0  # 0: none, all weights train
-    alpha: float = 16.0  # the change is scaled by alpha / rank
+    rank: int = 0  # The rank of the adapters; 0: no adapters, all weights are trained.
+    alpha: float = 16.0  # The output of an adapter is scaled by alpha / rank.
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, f"lora.rank={self.rank} is negative")
@@ -119,61 +123,69 @@ class LoraConfig:
 
 @dataclass
 class ParallelConfig:
-    """How many processes and how much memory a step takes (training/parallel.py); never what it computes."""
+    """How processes share a model, and how a step saves memory and time. It never changes what is computed
+    (training/parallel.py)."""
 
-    strategy: str = "ddp"  # with several ranks: ddp (every rank holds the model) | fsdp (shards of it)
-    # fsdp: ranks that hold one copy of the model among them, e.g. the 8 GPUs of a node; null: all ranks
+    strategy: str = "ddp"  # With several ranks: ddp (every rank holds the whole model) or fsdp (every rank a shard).
+    # With fsdp: the number of ranks that hold one copy of the model, such as the 8 GPUs of a node; null: all ranks.
     shard_size: int | None = None
-    shard_bf16: bool = False  # fsdp: gather weights in bfloat16; needs precision=bf16, in which they are used anyway
-    activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
-    compile: bool = False  # torch.compile of every block
-    timeout_minutes: float = 10.0  # a rank that others wait for longer than this is lost
+    # With fsdp: send weights to other ranks in bfloat16. Needs precision=bf16, which uses them in bfloat16 anyway.
+    shard_bf16: bool = False
+    activation_checkpointing: bool = False  # Recompute blocks in the backward pass: less memory, a third more time.
+    compile: bool = False  # Compile every block with torch.compile.
+    timeout_minutes: float = 10.0  # When ranks have waited for one of them for this long, the run ends.
 
     def __post_init__(self) -> None:
         one_of("parallel.strategy", self.strategy, ("ddp", "fsdp"))
         require(self.timeout_minutes > 0, f"parallel.timeout_minutes={self.timeout_minutes} is not positive")
         require(
             self.shard_size is None or (self.shard_size >= 1 and self.strategy == "fsdp"),
-            f"parallel.shard_size={self.shard_size}: it is a number of ranks, and needs parallel.strategy=fsdp",
+            f"parallel.shard_size={self.shard_size} must be a positive number of ranks, with parallel.strategy=fsdp",
         )
 
 
 @dataclass
 class InitConfig:
-    """Weights to start single towers from, trained elsewhere (conversion/warm_start.py); None: random."""
+    """Weights that single towers start from (conversion/warm_start.py); null: random weights."""
 
-    text: str | None = None  # ModernBERT: transformers folder with its tokenizer.json
-    vision: str | None = None  # PE-Core: timm's safetensors or the original's .pt
-    codec: str | None = None  # DAC: transformers folder
+    text: str | None = None  # ModernBERT: a folder in the format of transformers, with its tokenizer.json.
+    vision: str | None = None  # PE-Core: a .safetensors file of timm, or a .pt file of the original.
+    codec: str | None = None  # DAC: a folder in the format of transformers.
 
 
 @dataclass
 class RunConfig:
-    """What every training run has, whatever it trains (training/run.py); a copy is written into its folder."""
+    """What every training run can set (training/trainer.py). A copy of the settings is written into its folder."""
 
     optim: OptimConfig = field(default_factory=OptimConfig)
-    checkpoint: str | None = None  # native checkpoint to start from, which then decides `model`; None: random weights
-    seed: int = 0
+    # Start from this native checkpoint, whose own config then replaces `model`; null: start from random weights.
+    checkpoint: str | None = None
+    seed: int = 0  # Decides the random weights, the order of the data, and dropout.
     steps: int = 1000
-    batch_size: int = 64  # of all ranks together
-    eval_batch_size: int = 64  # of one rank
-    log_every: int = 10
-    eval_every: int = 250  # steps between evaluations, each of which also exports the model; the last step always does
-    save_every: int = 250  # steps between states to go on from, all that an interruption costs; the last step saves too
-    save_minutes: float | None = None  # also save when the last state is older than this
-    keep_checkpoints: int = 2  # the newest states that stay
-    milestone_every: int | None = None  # states of steps that are a multiple of this stay too
-    best: str | None = None  # figure of the evaluations whose best model stays in best/; null: of none
-    max_minutes: float | None = None  # save and leave after so long, as a scheduler will demand it
-    resume: str | None = None  # state to go on from; auto: the newest whole one in the run's folder
-    device: str = "auto"  # auto: CUDA where there is one
-    precision: str = "auto"  # auto: bf16 on a GPU that has it, else fp32
+    batch_size: int = 64  # Of all ranks together.
+    eval_batch_size: int = 64  # Of one rank.
+    log_every: int = 10  # Steps between two rows of the history.
+    # Steps between two evaluations, each of which also exports the model. The last step always evaluates.
+    eval_every: int = 250
+    # Steps between two saved states. An interruption loses what was trained since the last. The last step always saves.
+    save_every: int = 250
+    save_minutes: float | None = None  # Also save when the last state is older than this.
+    keep_checkpoints: int = 2  # The number of states that are kept, the newest ones.
+    milestone_every: int | None = None  # Also keep the states of all steps that are a multiple of this.
+    best: str | None = None  # Keep the model whose evaluation had the best value of this figure in best/; null: none.
+    max_minutes: float | None = None  # Save and stop after this many minutes, before a scheduler ends the job.
+    # Resume from this state, a folder state/step-…; auto: from the newest undamaged one in the run's folder, if any.
+    resume: str | None = None
+    device: str = "auto"  # A device of PyTorch, such as cuda or cpu; auto: cuda if there is a GPU.
+    precision: str = "auto"  # fp32 | bf16 (autocast) | auto (bf16 on a GPU that computes in it, else fp32)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    micro_batch_size: int | None = None  # rows embedded at a time, on each rank, with the whole batch's gradient
-    accumulate: int = 1  # batches, each with its own negatives, whose gradients are averaged in one step
-    max_bad_fraction: float = 0.05  # stop when more of the items that were read than this are damaged
-    profile: bool = False  # write a trace of steps 10 to 13, and of a GPU's memory, into profile/
-    wandb_project: str | None = None  # also log to Weights & Biases
+    # Rows that each rank embeds at a time; null: all of its rows. A small number saves memory, and the gradient stays
+    # that of the whole batch.
+    micro_batch_size: int | None = None
+    accumulate: int = 1  # Batches per step. Their gradients are averaged, but each batch has only its own negatives.
+    max_bad_fraction: float = 0.05  # Stop when a larger fraction of the items read so far is damaged.
+    profile: bool = False  # Write a trace of steps 10 to 13, and of a GPU's memory in them, into profile/.
+    wandb_project: str | None = None  # Also log to this project of Weights & Biases.
 
     def __post_init__(self) -> None:
         names = ("steps", "eval_batch_size", "eval_every", "save_every", "log_every", "accumulate", "keep_checkpoints")
@@ -185,14 +197,6 @@ class RunConfig:
         one_of("precision", self.precision, ("auto", "fp32", "bf16"))
 
 
-# Settings that a state fixes: with another value, what goes on would not be the same run. All others may be changed on
-# resume, and hold from there on. Where the data lie may change; how many clips there are is in the loader's own state.
-FIXED_ON_RESUME = (
-    "model", "seed", "batch_size", "accumulate", "lora", "optim.freeze", "loss.pairings", "data.max_seconds",
-    "data.batch_tokens", "data.random_crop", "data.shuffle_window", "max_seconds",
-)  # fmt: skip
-
-
 @dataclass
 class TrainConfig(RunConfig):
     """`python train.py`: the contrastive training of PEAudioVideo."""
@@ -200,10 +204,11 @@ class TrainConfig(RunConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    init: InitConfig = field(default_factory=InitConfig)  # instead of `checkpoint`: single towers from elsewhere
+    init: InitConfig = field(default_factory=InitConfig)  # Not together with `checkpoint`, which fills every tower.
     lora: LoraConfig = field(default_factory=LoraConfig)
-    watch: str | None = None  # manifest of other clips, evaluated too: what is forgotten on the way
-    best: str | None = "R@1"  # R@1 (mean of all directions) | R@1/<direction>, e.g. "R@1/text->audio" | held_out_loss
+    # Manifest of other clips that are evaluated too, from before the first step on, to see what fine-tuning forgets.
+    watch: str | None = None
+    best: str | None = "R@1"  # R@1 (mean of all directions) | "R@1/<direction>", as "R@1/text->audio" | held_out_loss
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -216,15 +221,17 @@ class TrainConfig(RunConfig):
 
 @dataclass
 class SpanTrainConfig(RunConfig):
-    """`python -m pe_av.training.frame`: PEAudioFrame from recordings with captions and the times they are about."""
+    """`python -m pe_av.training.frame`: PEAudioFrame, on recordings with captions and the spans that these describe."""
 
     model: PEAudioFrameConfig = field(default_factory=PEAudioFrameConfig)
-    train: str | None = None  # JSONL of {"path", "caption", "spans": [[start_s, end_s], …]}; None: the demo
-    eval: str | None = None
+    # Manifest: JSONL of {"path", "caption", "spans": [[start_s, end_s], …]}. null: train and evaluate on the demo.
+    train: str | None = None
+    eval: str | None = None  # A manifest like `train`, of other recordings.
     demo: SpanDemoConfig = field(default_factory=SpanDemoConfig)
-    max_seconds: float = 30.0  # longer recordings are cut to their first part
-    num_workers: int = 2  # processes that decode while the model trains; 0: decode in the training process
-    time_limit: float = 60.0  # seconds in which a worker must have read a recording
+    max_seconds: float = 30.0  # Longer recordings are cut to their beginning.
+    num_workers: int = 2  # Processes that decode while the model trains; 0: decode in the training process.
+    # Seconds that a worker may take for one recording. After that it is replaced, and the recording counts as damaged.
+    time_limit: float = 60.0
     steps: int = 400
     batch_size: int = 32
     eval_every: int = 100
@@ -241,13 +248,13 @@ class SpanTrainConfig(RunConfig):
 class EvalConfig:
     """`python eval.py`: zero-shot retrieval with a native checkpoint."""
 
-    checkpoint: str = "???"  # folder
+    checkpoint: str = "???"  # The folder of a native checkpoint.
     data: DataConfig = field(default_factory=DataConfig)
-    batch_size: int = 64
-    device: str = "auto"  # auto: CUDA where there is one
-    precision: str = "fp32"
-    max_bad_fraction: float = 0.05  # stop when more of the items that were read than this are damaged
-    timeout_minutes: float = 10.0  # a rank that others wait for longer than this is lost
+    batch_size: int = 64  # Of one rank.
+    device: str = "auto"  # A device of PyTorch, such as cuda or cpu; auto: cuda if there is a GPU.
+    precision: str = "fp32"  # fp32 | bf16 (autocast) | auto (bf16 on a GPU that computes in it, else fp32)
+    max_bad_fraction: float = 0.05  # Stop when a larger fraction of the items read so far is damaged.
+    timeout_minutes: float = 10.0  # When ranks have waited for one of them for this long, the evaluation ends.
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, f"batch_size={self.batch_size} is not positive")
@@ -256,15 +263,11 @@ class EvalConfig:
 
 @dataclass
 class ConvertConfig:
-    """`python convert.py`: a checkpoint of another format, to ours or to transformers'."""
+    """`python convert.py`: a checkpoint of any known format, converted to ours or to that of transformers."""
 
-    source: str = "???"  # folder, or name on the Hugging Face hub, optionally with "@revision"
-    target: str = "???"  # folder that does not exist yet
-    to: str = "native"  # native | hf
+    source: str = "???"  # A folder, or a name on the Hugging Face hub, optionally followed by "@revision".
+    target: str = "???"  # The folder to write; it must not exist yet.
+    to: str = "native"  # native | hf (transformers)
 
     def __post_init__(self) -> None:
         one_of("to", self.to, ("native", "hf"))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# checks

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from pe_av.device import to_device
-from pe_av.loading.split import EMPTY_MICRO_BATCH, runs_of, split_batch, with_runs
+from pe_av.loading.split import EMPTY_MICRO_BATCH, passes_of, split_batch, with_passes
 from pe_av.media.processor import Processor
 from pe_av.model.pe_audio_video import PEAudioVideo
 from pe_av.ranks import of_all_ranks, rank, world_size
@@ -104,8 +104,8 @@ def _embed_of_all_ranks(
     embedder: nn.Module, micro_batch: dict[str, Any], processor: Processor, device: torch.device
 ) -> list[dict[str, Tensor]]:
     """For the micro-batch of each rank, which may be empty: name -> (rows, D) float32 on the CPU."""
-    runs = sorted({run for theirs in of_all_ranks(runs_of(micro_batch)) for run in theirs})
-    embeds = embedder(to_device(with_runs(micro_batch, runs, processor.config), device)) if runs else {}
+    passes = sorted({one for theirs in of_all_ranks(passes_of(micro_batch)) for one in theirs})
+    embeds = embedder(to_device(with_passes(micro_batch, passes, processor.config), device)) if passes else {}
     return of_all_ranks({name: value.float().cpu() for name, value in embeds.items()})
 
 

@@ -1,11 +1,11 @@
 """Micro-batches: a batch split into the rows that one forward computes, and what all ranks must run for them.
 
 A micro-batch is a dict: "inputs", "texts" and "rows" as in a batch (`loading.batch`), and "size", its number of rows.
-What it makes the model run has names: "audio:input_values" or "audio:codec_features", "video:pixel_values_videos" or
-"video:frame_features", "audio_video" for the fusion, "text" or "text@<kind>".
+The passes that it makes through the model have names: "audio:input_values" or "audio:codec_features",
+"video:pixel_values_videos" or "video:frame_features", "audio_video" for the fusion, "text" or "text@<kind>".
 
-What one rank runs, all ranks must run, since sharded weights are gathered in the forward and gradients averaged in the
-backward. A rank whose clips lack the input runs it on one row of zeros, and the result is dropped.
+All ranks must make the passes that one of them makes, since sharded weights are gathered in the forward and gradients
+averaged in the backward. A rank whose clips lack the input makes the pass with one row of zeros, and drops the result.
 """
 
 from collections.abc import Collection
@@ -52,17 +52,17 @@ def split_batch(batch: dict[str, Any], size: int | None) -> list[dict[str, Any]]
     return micro_batches
 
 
-def runs_of(micro_batch: dict[str, Any]) -> list[str]:
-    """The names of what the micro-batch makes the model run."""
+def passes_of(micro_batch: dict[str, Any]) -> list[str]:
+    """The names of the passes that the micro-batch makes through the model."""
     media = [f"{_ROWS_OF[name]}:{name}" for name in micro_batch["inputs"] if "mask" not in name]
     fusion = ["audio_video"] if "audio_video" in micro_batch["rows"] else []
     return media + fusion + [text_name(kind) for kind in micro_batch["texts"]]
 
 
-def with_runs(micro_batch: dict[str, Any], runs: Collection[str], config: ModelConfig) -> dict[str, Any]:
-    """The micro-batch changed so that the model runs exactly `runs`: inputs of other runs are left out, and a run for
+def with_passes(micro_batch: dict[str, Any], passes: Collection[str], config: ModelConfig) -> dict[str, Any]:
+    """The micro-batch changed so that it makes exactly these passes: inputs of others are left out, and a pass for
     which it has no input gets a row of zeros."""
-    forms = dict(run.partition(":")[::2] for run in runs)  # name in "rows" -> input, "" for the fusion and for text
+    forms = dict(one.partition(":")[::2] for one in passes)  # name in "rows" -> input, "" for the fusion and for text
     inputs = {name: value for name, value in micro_batch["inputs"].items() if _ROWS_OF[name] in forms}
     texts, rows = {}, {}
     for name, form in forms.items():

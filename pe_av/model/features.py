@@ -126,7 +126,8 @@ def check_combination(inputs: Mapping[str, Tensor]) -> None:
         only = next(iter(given), None)
         remedy = f"for {only} alone use {use.get(only, f'get_{only}_embeds')}" if only else "got none"
         raise ValueError(f"forward needs two of text, audio and video: {remedy}")
-    if len({len(value) for value in given.values() if value.dim()}) > 1:
+    first, *others = (value.shape[0] for value in given.values() if value.dim())
+    if any(other != first for other in others):
         counts = ", ".join(f"{len(value)} of {name}" for name, value in given.items())
         raise ValueError(f"inputs of different batch size ({counts}): pair them, or embed each with its get_* method")
 

@@ -46,7 +46,8 @@ class VideoEncoder(nn.Module):
         """(N, 3, S, S) -> (N, vision_dim)."""
         weight = self.vision.patch_embed.weight
         # sharded weights are gathered in every call, of which all ranks must make as many
-        pieces = [pixels] if torch.is_grad_enabled() or isinstance(weight, DTensor) else pixels.split(FRAMES_AT_A_TIME)
+        whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or isinstance(weight, DTensor)
+        pieces = [pixels] if whole else pixels.split(FRAMES_AT_A_TIME)
         found = [self.vision((scale_frames(p) if p.dtype == torch.uint8 else p).to(weight.dtype)) for p in pieces]
         return F.normalize(torch.cat(found), dim=-1)
 

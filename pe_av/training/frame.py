@@ -1,22 +1,21 @@
-"""Frame-level training (PE-A-Frame): which frames of a sound a caption is about. `python -m pe_av.training.frame`
+"""Frame-level training of PEAudioFrame: at which times of a recording is what its caption describes?
 
-With no data given it renders a small world of sounds and learns to find the one that is asked for. It is a `run.Task`
-like the contrastive training, so ranks, states, signals and logs are the same.
+`python -m pe_av.training.frame`; without data it renders a small world of sounds. It is a `task.Task` like the
+contrastive training, so ranks, states, signals and logs are the same. The model classifies the positions of the audio
+tower, 40 ms each; those in a caption's spans are the caption's targets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from pe_av.config import ConfigError, SpanTrainConfig
 from pe_av.config.compose import run_command
@@ -31,63 +30,16 @@ from pe_av.media.processor import Processor
 from pe_av.model.pe_audio_frame import PEAudioFrame
 from pe_av.ranks import of_all_ranks, rank, world_size
 from pe_av.training.optim import freeze
-from pe_av.training.parallel import share_weights
-from pe_av.training.run import Evaluation, train
-from pe_av.training.setup import calibrate, start_model, tokenizer_of_rank_0
+from pe_av.training.setup import calibrate, frozen_codec, start_model, tokenizer_of_rank_0
+from pe_av.training.span_loss import gather_rows, span_loss, sum_gradient
+from pe_av.training.task import Evaluation
+from pe_av.training.trainer import train
 
 FIGURES = ("AP", "F1", "best F1", "IoU")
 
 
-def span_loss(
-    audio: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    targets: Tensor,
-    mask: Tensor,
-    captions: Tensor,
-    first: int = 0,
-    frames: int | None = None,
-) -> Tensor:
-    """Sigmoid loss of every frame with every caption of the batch.
-
-    L = −(1 / frames) Σ_{i,t,j} log σ(z_itj (s · x_it · y_j + b)), where z is +1 in the spans of caption i in its own
-    recording and −1 elsewhere: outside of them, and for the captions of other recordings. A recording may hold what
-    another row's equal caption asks for, so pairs of different rows with the same caption are left out.
-
-    Args:
-        audio: (B, T, D) frame embeddings; text: (N, D), all captions of the batch; scale, bias: (1,).
-        targets: (B, T) bool, frames of row i that its caption is about.
-        mask: (B, T) bool, valid frames.
-        captions: (N,) integers, equal where captions are.
-        first: the caption of row i is number `first` + i.
-        frames: of the whole batch, the 1 / frames above; None: those of `mask`.
-    """
-    with torch.autocast(audio.device.type, enabled=False):
-        logits = scale.float() * torch.einsum("itd,jd->itj", audio.float(), text.float()) + bias.float()
-    mine = torch.arange(first, first + len(audio), device=text.device)
-    own = (mine[:, None] == torch.arange(len(text), device=text.device))[:, None]  # (B, 1, N)
-    positive = own & targets[..., None]
-    counted = mask[..., None] & (own | (captions[mine][:, None] != captions)[:, None])
-    losses = F.softplus(torch.where(positive, -logits, logits))
-    return losses.masked_fill(~counted, 0).sum() / (mask.sum() if frames is None else frames)
-
-
-class FrameEmbedder(nn.Module):
-    """The model as a function of a part of a batch: "audio" (rows, T, D), "text" (rows, D), "logits" (rows, T)."""
-
-    def __init__(self, model: PEAudioFrame):
-        super().__init__()
-        self.model = model
-
-    def forward(self, part: dict[str, Any]) -> dict[str, Tensor]:
-        out = self.model(**part["inputs"])
-        found = {"audio": out.audio_embeds, "text": out.text_embeds, "logits": out.logits}
-        return {name: value[: part["size"]] for name, value in found.items()}
-
-
 class SpanDetection:
-    """The `run.Task` of `python -m pe_av.training.frame`."""
+    """The `task.Task` of `python -m pe_av.training.frame`."""
 
     figures = [*FIGURES, "held_out_loss"]
     falling = ["held_out_loss"]
@@ -96,16 +48,15 @@ class SpanDetection:
         self.config, self.device = config, device
         demo = config.train is None
         manifests = prepare_span_demo(config.demo) if demo else (Path(config.train), Path(config.eval))
-        clips = [read_span_manifest(path) for path in manifests]
-        self.items = sum(map(len, clips))
-        if len(clips[0]) < config.batch_size:
-            raise ConfigError(f"{len(clips[0])} recordings do not fill batch_size={config.batch_size}: lower it")
-        self.model, self.processor = self._model(clips[0], tokenizer)
+        train_clips, eval_clips = (read_span_manifest(path) for path in manifests)
+        self.items = len(train_clips) + len(eval_clips)
+        if len(train_clips) < config.batch_size:
+            raise ConfigError(f"{len(train_clips)} recordings do not fill batch_size={config.batch_size}: lower it")
+        self.model, self.processor = self._model(train_clips, tokenizer)
         freeze(self.model, config.optim.freeze)
         self.embedder = FrameEmbedder(self.model)
-        self.train_loader, self.eval_loader = (
-            self._loader(some, training=number == 0, in_memory=demo) for number, some in enumerate(clips)
-        )
+        self.train_loader = self._loader(train_clips, training=True, in_memory=demo)
+        self.eval_loader = self._loader(eval_clips, training=False, in_memory=demo)
 
     def start(self, embedder: nn.Module) -> dict[str, float]:
         return {}
@@ -122,64 +73,56 @@ class SpanDetection:
             for start in range(0, total, size)
         ]
 
-    def runs_of(self, part: dict[str, Any] | None) -> list[str]:
-        return [] if part is None else [name for name in ("input_values", "codec_features") if name in part["inputs"]]
+    def passes_of(self, micro_batch: dict[str, Any]) -> list[str]:
+        return [name for name in ("input_values", "codec_features") if name in micro_batch["inputs"]]
 
-    def with_runs(self, part: dict[str, Any] | None, runs: list[str]) -> dict[str, Any]:
-        if part is not None or not runs:
-            return part or {"inputs": {}, "texts": {}, "size": 0}
+    def with_passes(self, micro_batch: dict[str, Any] | None, passes: list[str]) -> dict[str, Any]:
+        if micro_batch is not None:
+            return micro_batch
+        if not passes:
+            return {"inputs": {}, "texts": {}, "size": 0}
+        # the shortest recording, of one row whose embeddings are dropped
         codec = self.model.config.audio.codec
-        shape = {"input_values": (1, 1, codec.hop_length), "codec_features": (1, 1, codec.codebook_dim)}[runs[0]]
-        nothing = {"input_ids": torch.tensor([[self.model.config.text.pad_token_id]]), runs[0]: torch.zeros(shape)}
-        return {"inputs": nothing, "texts": {}, "size": 0}
+        shape = {"input_values": (1, 1, codec.hop_length), "codec_features": (1, 1, codec.codebook_dim)}[passes[0]]
+        inputs = {"input_ids": torch.tensor([[self.model.config.text.pad_token_id]]), passes[0]: torch.zeros(shape)}
+        return {"inputs": inputs, "texts": {}, "size": 0}
 
     def count(self, batch: dict[str, Any]) -> dict[str, int]:
-        return {"frames": int(batch["mask"].sum())}
+        return {"positions": int(batch["mask"].sum())}
 
-    def wanted(self, counts: dict[str, int], runs: list[str]) -> list[str]:
-        return runs if counts["frames"] else []
+    def needed(self, counts: dict[str, int], passes: list[str]) -> list[str]:
+        return passes if counts["positions"] else []
 
     def loss(
         self, embeds: dict[str, Tensor], batch: dict[str, Any], counts: dict[str, int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Every rank's frames with the captions of all ranks. The gradients of the scale and the bias are the whole
-        ones on every rank, those of embeddings `world_size` times theirs, since they are averaged later."""
-        given = to_device({name: batch[name] for name in ("targets", "mask", "captions")}, self.device)
-        rows, pair = of_all_ranks(len(embeds["text"])), self.model.logits
-        text, captions = (_TextsOfAll.apply(value, rows) for value in (embeds["text"], given["captions"]))
-        scale, bias = _OfAllFrames.apply(pair.scale), _OfAllFrames.apply(pair.bias)
+        """This rank's positions with the captions of all ranks. As with `loss.contrastive_loss`, the gradients of scale
+        and bias are those of the whole loss on every rank; those of embeddings are the world size times those of the
+        whole loss, since the gradients of parameters are averaged over the ranks later."""
+        labels = self._labels(batch)
+        rows = of_all_ranks(len(embeds["text"]))
+        text, labels["captions"] = gather_rows(embeds["text"], rows), gather_rows(labels["captions"], rows)
+        scale, bias = sum_gradient(self.model.logits.scale), sum_gradient(self.model.logits.bias)
         first = sum(rows[: rank()])
-        mine = span_loss(
-            embeds["audio"], text, scale, bias, given["targets"], given["mask"], captions, first, counts["frames"]
-        )
-        total = mine.detach().clone()
+        loss = span_loss(embeds["audio"], text, scale, bias, **labels, first=first, positions=counts["positions"])
+        total = loss.detach().clone()
         if world_size() > 1:
             dist.all_reduce(total)
-        return mine * world_size(), {"loss": total}
+        return loss * world_size(), {"loss": total}
 
     @torch.no_grad()
     def evaluate(self, embedder: nn.Module, folder: Path, step: int, history: list[dict[str, Any]]) -> Evaluation:
-        """Figures on held-out recordings, and the first of them as a picture, `spans.png`."""
+        """Average precision, F1 and IoU on held-out recordings, the first few of them drawn in `spans.png`."""
         was_training = embedder.training
         embedder.eval()
-        pair, mine = self.model.logits, []
-        shown = Console(stderr=True, quiet=rank() > 0)
-        for batch in track(self.eval_loader, "evaluating", console=shown, transient=True):
-            (part,) = self.split(batch, None) or [None]
-            runs = sorted({run for theirs in of_all_ranks(self.runs_of(part)) for run in theirs})
-            told = {"bad": batch["bad"], "partial": batch["partial"], "read": batch["read"], "rows": [], "loss": None}
-            if runs:
-                found = embedder(to_device(self.with_runs(part, runs), self.device))
-            if part is not None:
-                given = to_device({name: batch[name] for name in ("targets", "mask", "captions")}, self.device)
-                target, mask = given["targets"], given["mask"]
-                loss = span_loss(found["audio"], found["text"], pair.scale, pair.bias, target, mask, given["captions"])
-                lengths, probability = mask.sum(1).tolist(), found["logits"].float().sigmoid().cpu()
-                told["loss"] = loss.item()
-                told["rows"] = [(probability[i, :n], batch["targets"][i, :n]) for i, n in enumerate(lengths)]
-            mine.append(told)
+        console = Console(stderr=True, quiet=rank() > 0)
+        own = [
+            self._evaluate_batch(embedder, batch)
+            for batch in track(self.eval_loader, "evaluating", console=console, transient=True)
+        ]
         embedder.train(was_training)
-        batches = [batch for turn in zip(*of_all_ranks(mine), strict=True) for batch in turn]
+        # batch b of rank r is number b · world + r of all
+        batches = [batch for turn in zip(*of_all_ranks(own), strict=True) for batch in turn]
         rows = [row for batch in batches for row in batch["rows"]]
         if not rows:
             raise ConfigError("none of the recordings to evaluate on can be read: see bad_items.jsonl")
@@ -188,43 +131,49 @@ class SpanDetection:
         metrics = localization_metrics(scores, targets, threshold=0.5) | {"loss": sum(losses) / len(losses)}
         if rank() == 0:
             self._draw(scores, targets, folder / "spans.png")
-        bad, partial = (sum((batch[name] for batch in batches), []) for name in ("bad", "partial"))
-        figures = {name: metrics[name] for name in FIGURES} | {"held_out_loss": metrics["loss"]}
-        line = "  ".join(f"{name} {value:.3g}" for name, value in metrics.items())
-        return Evaluation(metrics, figures, line, sum(batch["read"] for batch in batches), bad, partial)
+        return Evaluation(
+            metrics=metrics,
+            figures={name: metrics[name] for name in FIGURES} | {"held_out_loss": metrics["loss"]},
+            line=_line(metrics),
+            read=sum(batch["read"] for batch in batches),
+            bad=sum((batch["bad"] for batch in batches), []),
+            partial=sum((batch["partial"] for batch in batches), []),
+        )
 
     def line(self, row: dict[str, float]) -> str:
         return f"loss {row['loss']:.3f}"
 
     def show(self, metrics: dict[str, Any]) -> None:
-        print("  ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
+        print(_line(metrics))
 
     def close(self) -> None:
         self.train_loader.close()
         self.eval_loader.close()
 
-    def _loader(self, clips: Sequence[SpanClip], training: bool, in_memory: bool) -> Loader:
-        config, read, workers = (
-            self.config,
-            SpanReader(self.processor, self.config.max_seconds),
-            self.config.num_workers,
-        )
-        items: Sequence[Any] = clips
-        if in_memory:
+    def _labels(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The arguments of `span_loss` that say what is right."""
+        return to_device({name: batch[name] for name in ("targets", "mask", "captions")}, self.device)
 
-            def encode(waveform: Tensor) -> Tensor:
-                return self.model.audio.encode(waveform.to(self.device))[0].cpu()
-
-            title = f"reading the {'training' if training else 'evaluation'} recordings"
-            share_weights(self.model.audio.codec, self.device)
-            encoder = None if self.model.config.audio.codec.trainable else encode
-            items, read, workers = load_into_memory(clips, read, workers, encoder, title, config.time_limit), dict, 0
-        size = config.batch_size if training else config.eval_batch_size
-        sampler = BatchSampler(len(clips), size, shuffle=training, seed=config.seed, rank=rank(), world=world_size())
-        collate = SpanCollate(self.processor, self.model.seconds_per_position)
-        return Loader(items, read, sampler, collate, workers, config.time_limit, self.device.type == "cuda")
+    def _evaluate_batch(self, embedder: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+        """Evaluate one batch of this rank: "loss", "rows" of (probabilities, targets), "read", "bad" and "partial"."""
+        result = {name: batch[name] for name in ("read", "bad", "partial")} | {"rows": [], "loss": None}
+        (micro_batch,) = self.split(batch, None) or [None]
+        own = [] if micro_batch is None else self.passes_of(micro_batch)
+        passes = sorted({name for of_rank in of_all_ranks(own) for name in of_rank})
+        if not passes:
+            return result
+        embeds = embedder(to_device(self.with_passes(micro_batch, passes), self.device))
+        if micro_batch is not None:
+            loss = span_loss(
+                embeds["audio"], embeds["text"], self.model.logits.scale, self.model.logits.bias, **self._labels(batch)
+            )
+            result["loss"] = loss.item()
+            probability, lengths = embeds["logits"].float().sigmoid().cpu(), batch["mask"].sum(1).tolist()
+            result["rows"] = [(probability[i, :n], batch["targets"][i, :n]) for i, n in enumerate(lengths)]
+        return result
 
     def _model(self, clips: Sequence[SpanClip], tokenizer: str | None) -> tuple[PEAudioFrame, Processor]:
+        """From the checkpoint, or with random weights and a tokenizer trained on the captions."""
         config, device = self.config, self.device
         model = start_model(config, device)
         if not isinstance(model, PEAudioFrame):
@@ -242,7 +191,23 @@ class SpanDetection:
             calibrate(model.audio.codec, waveforms, config.model.audio.codec.sampling_rate, device)
         return model, processor
 
+    def _loader(self, clips: Sequence[SpanClip], training: bool, in_memory: bool) -> Loader:
+        config = self.config
+        read: Callable[[Any], dict[str, Any]] = SpanReader(self.processor, config.max_seconds)
+        items: Sequence[Any] = clips
+        workers = config.num_workers
+        if in_memory:
+            title = f"reading the {'training' if training else 'evaluation'} recordings"
+            encode = frozen_codec(self.model, self.device)
+            items = load_into_memory(clips, read, workers, encode, title, config.time_limit)
+            read, workers = dict, 0
+        size = config.batch_size if training else config.eval_batch_size
+        sampler = BatchSampler(len(clips), size, shuffle=training, seed=config.seed, rank=rank(), world=world_size())
+        collate = SpanCollate(self.processor, self.model.seconds_per_position)
+        return Loader(items, read, sampler, collate, workers, config.time_limit, self.device.type == "cuda")
+
     def _draw(self, scores: Sequence[Tensor], targets: Sequence[Tensor], path: Path) -> None:
+        """Probability and target over time, of the first six recordings."""
         figure = Figure(figsize=(9, 6), layout="constrained")
         for axis, score, target in zip(figure.subplots(6, 1, sharex=True), scores, targets, strict=False):
             seconds = torch.arange(len(score)) * self.model.seconds_per_position
@@ -254,44 +219,22 @@ class SpanDetection:
         figure.savefig(path)
 
 
-class _TextsOfAll(torch.autograd.Function):
-    """(B, …) of every rank -> (N, …); the gradient of a rank's rows is what all ranks have for them."""
+class FrameEmbedder(nn.Module):
+    """The model as a function of a micro-batch: "audio" (rows, T, D), "text" (rows, D), "logits" (rows, T)."""
 
-    @staticmethod
-    def forward(ctx, mine: Tensor, rows: list[int]) -> Tensor:
-        ctx.first, ctx.count = sum(rows[: rank()]), len(mine)
-        if world_size() == 1:
-            return mine.clone()
-        padded = mine.new_zeros(max(rows), *mine.shape[1:])
-        padded[: len(mine)] = mine
-        found = [torch.empty_like(padded) for _ in rows]
-        dist.all_gather(found, padded)
-        return torch.cat([part[:count] for part, count in zip(found, rows, strict=True)])
+    def __init__(self, model: PEAudioFrame):
+        super().__init__()
+        self.model = model
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        if world_size() > 1:
-            gradient = gradient.contiguous()
-            dist.all_reduce(gradient)
-        return gradient[ctx.first : ctx.first + ctx.count], None
+    def forward(self, micro_batch: dict[str, Any]) -> dict[str, Tensor]:
+        out = self.model(**micro_batch["inputs"])
+        embeds = {"audio": out.audio_embeds, "text": out.text_embeds, "logits": out.logits}
+        # a micro-batch without rows has one as its input (`SpanDetection.with_passes`)
+        return {name: value[: micro_batch["size"]] for name, value in embeds.items()}
 
 
-class _OfAllFrames(torch.autograd.Function):
-    """A scalar that every rank uses with its own frames; its gradient, on every rank, is that of the whole loss."""
-
-    @staticmethod
-    def forward(ctx, value: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        if world_size() > 1:
-            gradient = gradient.contiguous()
-            dist.all_reduce(gradient)
-            gradient = gradient / world_size()
-        return gradient
+def _line(metrics: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.3g}" for name, value in metrics.items())
 
 
 def main(config: SpanTrainConfig, folder: Path) -> None:

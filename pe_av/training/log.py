@@ -1,30 +1,34 @@
-"""What a run tells of itself as it goes on: the history, `history.jsonl`, TensorBoard, Weights & Biases, one line."""
+"""What a run reports as it goes on: the history, `history.jsonl`, TensorBoard, Weights & Biases, and the terminal."""
 
 import json
 import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from pe_av.config import ConfigError
 from pe_av.ranks import rank, world_size
 
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}  # bf16 per second, dense, by name
+# bf16 operations per second without sparsity, by a part of the GPU's name
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 
 
 class Log:
-    """The rows of a run, one per `log_every` steps. Every rank has them; that of rank 0 writes."""
+    """The history of a run, a row for every `log_every` steps. Every rank has it; only rank 0's writes."""
 
     def __init__(self, folder: Path, step: int, wandb_project: str | None, settings: dict[str, Any]):
         """
         Args:
-            step: that the run goes on from: what was logged after it is forgotten.
-            settings: of the run, for Weights & Biases.
+            step: the step that the run goes on from. Later rows, from before an interruption, are removed.
+            settings: of the run, shown at Weights & Biases.
         """
         self.path = folder / "history.jsonl"
         self.rows = _rows_until(step, self.path)
@@ -32,13 +36,12 @@ class Log:
         if rank() == 0:
             if self.path.is_file():
                 self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-            # what was shown of later steps, before a kill, is taken back
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
             if wandb_project is not None:
                 self._wandb = _start_wandb(wandb_project, folder, settings)
 
     def add(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
-        """One more row, which is returned."""
+        """Append a row to the history, show it on the boards, and return it."""
         row = {"step": step, **values}
         self.rows.append(row)
         if rank() == 0:
@@ -48,7 +51,7 @@ class Log:
         return row
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
-        """On the boards alone."""
+        """Show values on the boards, without a row in the history."""
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
@@ -57,63 +60,85 @@ class Log:
 
 
 class Window:
-    """The steps since the last row: means of what they gave, and where their time went."""
+    """The steps since the last row of the history: their values, and where their time went."""
 
     def __init__(self):
         self.rows: list[dict[str, Tensor]] = []
-        self.clips, self.waited = 0, 0.0
-        self.started = time.perf_counter()
+        self.restart()
 
-    def timed(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
-        """The next batch; the time until it is there counts as waiting."""
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The time spent inside counts as waiting for data."""
         start = time.perf_counter()
-        batch = next(batches)
+        yield
         self.waited += time.perf_counter() - start
-        return batch
 
     def add(self, row: dict[str, Tensor], clips: int) -> None:
+        """One more step, over `clips` clips of all ranks."""
         self.rows.append(row)
         self.clips += clips
 
     def restart(self) -> None:
-        """Measure the speed from here on: an evaluation is not the steps' time."""
+        """Measure the speed from here on, so that an evaluation does not count as time of the steps."""
         self.clips, self.waited, self.started = 0, 0.0, time.perf_counter()
 
     def means(self) -> dict[str, float]:
-        """Of every figure over the steps that have it; what none has is not there. The only copy to the host."""
-        keys = dict.fromkeys(key for row in self.rows for key in row)
-        means = [torch.stack([row[key] for row in self.rows if key in row]).float().mean() for key in keys]
-        return dict(zip(keys, torch.stack(means).tolist(), strict=True))
+        """The mean of every value over the steps that have it. The only copy of values to the host."""
+        means = mean_of_each(self.rows)
+        return dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True))
 
     def speed(self) -> dict[str, float]:
+        """Clips per second of all ranks, and the share of the time that this rank waited for data."""
         seconds = time.perf_counter() - self.started
         return {"clips_per_second": self.clips / seconds, "data_wait": self.waited / seconds}
 
 
-def learned(logits: nn.Module) -> dict[str, float]:
-    """Every scale and bias of the logits, by pairing where there are several."""
-    found = {name.replace(".", "_"): value for name, value in logits.named_parameters()}
-    return dict(zip(found, torch.cat([value.detach().flatten() for value in found.values()]).tolist(), strict=True))
+def mean_of_each(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """For every name, the mean over the rows that have it: scalars, which stay on the device."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: torch.stack([row[name] for row in rows if name in row]).float().mean() for name in names}
+
+
+@contextmanager
+def progress_bar(console: Console, step: int, steps: int) -> Iterator[Callable[[int, str], None]]:
+    """Gives a function of (steps taken, line): on a terminal it moves a bar, elsewhere it prints the line."""
+    columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[line]}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("training", total=steps, completed=step, line="")
+
+        def show(step: int, line: str) -> None:
+            progress.update(bar, completed=step, line=line)
+            if not console.is_terminal:
+                console.print(f"step {step}/{steps}  {line}", soft_wrap=True)
+
+        yield show
+
+
+def scales_and_biases(logits: nn.Module) -> dict[str, float]:
+    """Every learned scale and bias, with the pairing's name in front where there are several pairings."""
+    named = {name.replace(".", "_"): parameter.detach() for name, parameter in logits.named_parameters()}
+    values = torch.cat([value.flatten() for value in named.values()]).tolist()
+    return dict(zip(named, values, strict=True))
 
 
 def machine_use(device: torch.device, clip_flops: float, clips_per_second: float) -> dict[str, float]:
-    """The most memory so far in GB and, on GPUs of which it is known, the share of the peak in bf16.
+    """The peak of memory so far in GB and, on GPUs whose peak speed is known, the share of it that is used.
 
     Args:
-        clip_flops: of one clip in one step, as they were computed: recomputation counts.
+        clip_flops: operations for one clip in one step, as they were computed: recomputation counts.
         clips_per_second: of all ranks.
     """
     if device.type != "cuda":
         return {"memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
-    used = {"memory_gb": torch.cuda.max_memory_allocated() / 1e9}
+    use = {"memory_gb": torch.cuda.max_memory_allocated() / 1e9}
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)
-    return used if peak is None else used | {"flop_utilization": clip_flops * clips_per_second / world_size() / peak}
+    return use if peak is None else use | {"flop_utilization": clip_flops * clips_per_second / world_size() / peak}
 
 
 def _rows_until(step: int, path: Path) -> list[dict[str, float]]:
     if not path.is_file():
         return []
-    # a kill may have torn the last line
+    # the last line may be torn if the run was killed
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
     return [row for row in rows if row["step"] <= step]
 
@@ -123,8 +148,8 @@ def _start_wandb(project: str, folder: Path, settings: dict[str, Any]) -> Any:
         import wandb
     except ImportError:
         raise ConfigError(f"wandb_project={project} needs Weights & Biases: pip install wandb, or unset it") from None
-    noted = folder / "wandb_id.txt"  # by which a run that goes on is the same run there
-    if not noted.is_file():
-        noted.write_text(wandb.util.generate_id(), encoding="utf-8")
-    name = noted.read_text(encoding="utf-8").strip()
-    return wandb.init(project=project, dir=str(folder), name=folder.name, id=name, resume="allow", config=settings)
+    id_file = folder / "wandb_id.txt"  # makes a resumed run the same run there
+    if not id_file.is_file():
+        id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
+    run_id = id_file.read_text(encoding="utf-8").strip()
+    return wandb.init(project=project, dir=str(folder), name=folder.name, id=run_id, resume="allow", config=settings)

@@ -1,4 +1,4 @@
-"""Low-rank adapters (arXiv 2106.09685): W x + (alpha / rank) · B A x with W frozen, merged back into a plain W."""
+"""Low-rank adapters (arXiv 2106.09685): W x + (alpha / rank) · B A x with W frozen; exports merge them into W."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from pe_av.model.pe_audio_video import PEAudioVideo
 
 
 class Adapter(nn.Module):
-    """The change that a linear layer learns: (…, in) -> (…, out), zero at the start."""
+    """What is added to the output of a linear layer: (…, in) -> (…, out), zero at the start of training."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float):
         super().__init__()
@@ -23,9 +23,10 @@ class Adapter(nn.Module):
 
 
 def add_adapters(model: PEAudioVideo, config: LoraConfig) -> None:
-    """An adapter at every linear layer of the repeated blocks; of the rest only heads, scales and biases train on.
+    """Add an adapter to every linear layer of the repeated blocks, and freeze everything else but heads, scales and
+    biases.
 
-    What is frozen already (`optim.freeze`, a part whose features are cached) stays as it is and gets no adapter.
+    Layers that are frozen already (by `optim.freeze`, or because their features are cached) get no adapter.
     """
     adapted = [
         module
@@ -43,7 +44,8 @@ def add_adapters(model: PEAudioVideo, config: LoraConfig) -> None:
 
 @torch.no_grad()
 def merged_state_dict(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`weights` of the model with every adapter merged in, under the names that it has without adapters."""
+    """The `weights` of a model with adapters, turned into those of the same model without: each adapter is added to its
+    layer's weight."""
     plain = {name: tensor for name, tensor in weights.items() if ".adapter." not in name}
     for name, module in model.named_modules():
         if isinstance(module, Adapter):

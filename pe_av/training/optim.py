@@ -1,4 +1,4 @@
-"""AdamW, which parameters it moves and how far, and the learning rate's course."""
+"""AdamW: which parameters it trains, at which learning rates, on which schedule; and averaged weights."""
 
 import math
 import re
@@ -11,15 +11,15 @@ from torch.optim import AdamW
 from pe_av.config import ConfigError, OptimConfig
 from pe_av.training.parallel import local_part
 
-# what comes before the layers of a tower, and so is the furthest from its output
+# modules that come before the layers of a tower: the furthest from its output, so `layer_decay` reduces them most
 BEFORE_LAYERS = ("embedding", "embedding_norm", "patch_embed", "class_token", "position", "pre_norm", "conv_blocks")
 
 
 def freeze(model: nn.Module, parts: list[str]) -> None:
-    """No gradient for the parameters of the named parts, e.g. "text", "video.vision", "audio.transformer.layers.0".
+    """Freeze the parameters of the named parts of the model, e.g. "text", "video.vision", "audio.transformer.layers.0".
 
     Raises:
-        ConfigError: a part that the model does not have.
+        ConfigError: the model has no such part.
     """
     for part in parts:
         for _, parameter in _of_part(model, part, "optim.freeze"):
@@ -27,13 +27,13 @@ def freeze(model: nn.Module, parts: list[str]) -> None:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
-    """One group for each pair of learning rate and weight decay.
+    """AdamW over the parameters that require a gradient, in one group for each pair of learning rate and weight decay.
 
-    Weight decay falls on the matrices of linear, convolution and embedding layers; never on norms, biases, class
-    tokens, probes, positions, or the logit scales and biases, which have no scale of their own to be held down.
+    Weight decay applies to the weights of linear, convolution and embedding layers. It does not apply to norms, biases,
+    class tokens, probes, position embeddings, or logit scales and biases.
 
     Raises:
-        ConfigError: nothing is left to train, or `lr_scale` names a part that the model does not have.
+        ConfigError: every parameter is frozen, or `lr_scale` names a part that the model does not have.
     """
     decayed = {
         id(module.weight)
@@ -48,7 +48,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
             groups[scales[name], decay].append(parameter)
     if not groups:
         raise ConfigError("every parameter is frozen, so there is nothing to train: name fewer parts in optim.freeze")
-    # fused: it can leave out a step without the host having to know (`take_step`)
+    # the fused form can skip a step on the device, without the host knowing (`take_step`)
     optimizer = AdamW(
         [{"params": each, "scale": scale, "weight_decay": decay} for (scale, decay), each in groups.items()],
         lr=config.lr,
@@ -56,7 +56,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
         eps=config.eps,
         fused=True,
     )
-    # from the start, as AdamW does it at a parameter's first gradient: so every saved state holds the same tensors
+    # AdamW would make these at a parameter's first gradient; made now, they are in every saved state
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {
@@ -68,21 +68,26 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
 
 
 def set_learning_rate(optimizer: AdamW, config: OptimConfig, step: int, steps: int) -> float:
-    """The rate of step `step`, counted from 0, of `steps`, which is returned: linear warm-up over `warmup_steps`, then
-    half a cosine down to `final_lr_ratio` at the end, or constant; times the factor of each group."""
-    rate = config.lr * _course(config, step, steps)
+    """Set the learning rate of step `step`, counted from 0, of `steps`: linear warm-up over `warmup_steps`, then half a
+    cosine down to `final_lr_ratio`, or constant. Each group has it times its own factor.
+
+    Returns:
+        the rate before the factors of the groups.
+    """
+    rate = config.lr * _schedule(config, step, steps)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]
     return rate
 
 
-def take_step(optimizer: AdamW, wrong: Tensor) -> None:
-    """A step of the optimizer, or none at all where `wrong`, a scalar of 0 or 1, is 1. Nobody waits for its value."""
-    optimizer.found_inf = wrong.float()
+def take_step(optimizer: AdamW, skip: Tensor) -> None:
+    """Take a step of the optimizer, or none if `skip` is true: a scalar on the device, for which no host waits."""
+    optimizer.found_inf = skip.float()
     optimizer.step()
 
 
-def _course(config: OptimConfig, step: int, steps: int) -> float:
+def _schedule(config: OptimConfig, step: int, steps: int) -> float:
+    """The factor on the learning rate."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -92,23 +97,23 @@ def _course(config: OptimConfig, step: int, steps: int) -> float:
 
 
 class AveragedWeights:
-    """An exponential moving average of the weights that are trained (ema = decay · ema + (1 − decay) · weight)."""
+    """An exponential moving average of the trained weights: average = decay · average + (1 − decay) · weight."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
         self.average = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
-    def update(self, model: nn.Module, wrong: Tensor) -> None:
-        """After a step, unless it was left out, where `wrong` is 1."""
-        weight = (1 - self.decay) * (1 - wrong.float())
+    def update(self, model: nn.Module, skip: Tensor) -> None:
+        """Take in the weights after a step; `skip`: the step was skipped, so the average stays too."""
+        weight = (1 - self.decay) * (1 - skip.float())
         for name, parameter in model.named_parameters():
             if name in self.average:
                 local_part(self.average[name]).lerp_(local_part(parameter), weight)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
-        """Exchange average and weights: before an evaluation or export, and again after it."""
+        """Exchange the average and the model's weights: before an evaluation or export, and back after it."""
         for name, parameter in model.named_parameters():
             if name in self.average:
                 held = parameter.detach().clone()
@@ -117,10 +122,10 @@ class AveragedWeights:
 
 
 def _scales(model: nn.Module, config: OptimConfig) -> dict[str, float]:
-    """Of every parameter, what its learning rate is multiplied with."""
+    """By the parameter's name, the factor on its learning rate."""
     names = [name for name, _ in model.named_parameters()]
     scales = dict.fromkeys(names, 1.0)
-    for part in sorted(config.lr_scale, key=len):  # the more precise name has the last word
+    for part in sorted(config.lr_scale, key=len):  # a part inside another comes after it, and overrides it
         for name, _ in _of_part(model, part, "optim.lr_scale"):
             scales[name] = config.lr_scale[part]
     depth: dict[str, int] = defaultdict(int)  # tower -> number of its layers
@@ -139,8 +144,9 @@ def _scales(model: nn.Module, config: OptimConfig) -> dict[str, float]:
 
 
 def _of_part(model: nn.Module, part: str, setting: str) -> list[tuple[str, nn.Parameter]]:
-    found = [(n, p) for n, p in model.named_parameters() if n == part or n.startswith(f"{part}.")]
-    if not found:
+    """The parameters of a part; `setting` is where the user named it."""
+    parameters = [(n, p) for n, p in model.named_parameters() if n == part or n.startswith(f"{part}.")]
+    if not parameters:
         parts = ", ".join(name for name, _ in model.named_children())
         raise ConfigError(f"{setting}: the model has no part {part}; it consists of {parts}, and of their parts")
-    return found
+    return parameters

@@ -1,7 +1,7 @@
-"""Everything that makes many processes train one model, applied from outside: the model knows nothing of it.
+"""DDP, FSDP, activation checkpointing and compilation, applied from outside: the model knows nothing of them.
 
-The logit scales and biases stay out of DDP and FSDP: they are used in the loss and not in the model's forward, and the
-loss already gives every rank their whole gradient (pe_av/loss.py).
+The logit scales and biases stay out of DDP and FSDP: they are used in the loss and not in the embedder's forward, and
+the loss already gives every rank their whole gradient (pe_av/loss.py).
 """
 
 from collections.abc import Iterator
@@ -24,18 +24,17 @@ from pe_av.ranks import rank, world_size
 
 
 def parallelize(model: nn.Module, embedder: nn.Module, config: ParallelConfig, device: torch.device) -> nn.Module:
-    """Recomputation, compilation and sharding per block, then DDP or FSDP2 around the whole.
+    """Apply activation checkpointing, compilation and sharding to every block, then DDP or FSDP2 to the whole.
 
     Args:
-        model: `PEAudioVideo` or `PEAudioFrame`, on the device.
-        embedder: calls the model; what is trained runs inside its forward, but for the logit scales and biases.
+        model: `PEAudioVideo` or `PEAudioFrame`, on the device; with FSDP, on the meta device on ranks other than 0.
+        embedder: calls the model; all trained parameters but the logit scales and biases are used in its forward.
     Returns:
-        the embedder, possibly inside DDP; its parameters are those of the model. Their values are rank 0's: under FSDP
-        the other ranks may come with a model on the meta device.
+        the embedder, wrapped if DDP is used. Its parameters are still the model's, with rank 0's values on all ranks.
     """
     if config.compile:
-        # one compiled block serves every length; the few variants left are: with and without mask, with and without
-        # gradients, training or not, for each width that a tower has
+        # a compiled block serves every length, but is compiled again with and without a mask, with and without
+        # gradients, in training and evaluation, and for each width that the towers have: more often than the limit of 8
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in model.blocks():
         if config.activation_checkpointing:
@@ -44,40 +43,50 @@ def parallelize(model: nn.Module, embedder: nn.Module, config: ParallelConfig, d
             block.compile(dynamic=True)
     if world_size() == 1:
         return embedder
-    outside = set(model.logits.parameters())
     if config.strategy == "fsdp":
-        whole = {name: value.cpu().clone() for name, value in model.state_dict().items()} if rank() == 0 else {}
-        mesh = _mesh(config, device)
-        # inputs stay as they are: rotary angles in bfloat16 would be other positions; autocast casts what may be cast
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if config.shard_bf16 else None,
-            reduce_dtype=torch.float32,
-            cast_forward_inputs=False,
-        )
-        for block in model.blocks():
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        # resharded after the forward too, so that between two calls every parameter is a shard: the average of the
-        # weights and the saved state are made of shards
-        fully_shard(embedder, mesh=mesh, mp_policy=policy, ignored_params=outside, reshard_after_forward=True)
-        if rank():
-            embedder.to_empty(device=device)
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_model_state_dict(model, whole, options=options)
-        return embedder
-    embedder = _Anchored(embedder)
-    ignored = [name for name, parameter in embedder.named_parameters() if parameter in outside]
+        return _with_fsdp(model, embedder, config, device)
+    return _with_ddp(model, embedder, device)
+
+
+def _with_fsdp(model: nn.Module, embedder: nn.Module, config: ParallelConfig, device: torch.device) -> nn.Module:
+    """The embedder, sharded in place."""
+    weights = {name: value.cpu().clone() for name, value in model.state_dict().items()} if rank() == 0 else {}
+    mesh = _mesh(config, device)
+    # inputs are not cast: rotary angles in bfloat16 would mean other positions; autocast casts what may be cast
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if config.shard_bf16 else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    for block in model.blocks():
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    # resharded after the forward, which is not FSDP's default for the outermost module: averaged weights and states are
+    # made of shards, so between two calls every parameter must be one
+    logits = set(model.logits.parameters())
+    fully_shard(embedder, mesh=mesh, mp_policy=policy, ignored_params=logits, reshard_after_forward=True)
+    if rank():
+        embedder.to_empty(device=device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, weights, options=options)
+    return embedder
+
+
+def _with_ddp(model: nn.Module, embedder: nn.Module, device: torch.device) -> nn.Module:
+    """The embedder, wrapped."""
+    embedder, logits = _Anchored(embedder), set(model.logits.parameters())
+    ignored = [name for name, parameter in embedder.named_parameters() if parameter in logits]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(embedder, ignored)
     return DistributedDataParallel(
         embedder,
         device_ids=[device.index] if device.type == "cuda" else None,
-        find_unused_parameters=True,  # batches without sound, say, leave the parameters of its tower alone
+        find_unused_parameters=True,  # for instance the audio tower in a batch without audio
         gradient_as_bucket_view=True,
     )
 
 
 class _Anchored(nn.Module):
-    """The embedder with a parameter of no effect in everything that has no other: DDP must see a backward pass after
-    every forward, also of a batch of which only frozen parts are run."""
+    """The embedder, with a parameter of no effect in every embedding that has no trained one. DDP needs a backward pass
+    after every forward, even if a batch runs through frozen parts only."""
 
     def __init__(self, embedder: nn.Module):
         super().__init__()
@@ -85,15 +94,15 @@ class _Anchored(nn.Module):
         device = next(embedder.parameters()).device
         self.anchor = nn.Parameter(torch.zeros((), device=device))
 
-    def forward(self, part: dict[str, Any]) -> dict[str, Tensor]:
-        found = self.embedder(part)
+    def forward(self, micro_batch: dict[str, Any]) -> dict[str, Tensor]:
+        embeds = self.embedder(micro_batch)
         if not torch.is_grad_enabled():
-            return found
-        return {name: v if v.requires_grad else v + 0 * self.anchor for name, v in found.items()}
+            return embeds
+        return {name: value if value.requires_grad else value + 0 * self.anchor for name, value in embeds.items()}
 
 
 def share_weights(module: nn.Module, device: torch.device) -> None:
-    """Rank 0's weights of a part that every rank needs before the model is spread over them."""
+    """Give every rank rank 0's weights of a module that is needed before `parallelize`."""
     if world_size() == 1:
         return
     if any(parameter.is_meta for parameter in module.parameters()):
@@ -103,7 +112,7 @@ def share_weights(module: nn.Module, device: torch.device) -> None:
 
 
 def _mesh(config: ParallelConfig, device: torch.device) -> DeviceMesh:
-    """All ranks in a row; with `shard_size`, rows of so many, each of which holds the whole model once."""
+    """(ranks,), or with `shard_size` (replicas, shards): the ranks of one replica hold the model once among them."""
     if config.shard_size is None:
         return init_device_mesh(device.type, (world_size(),))
     if world_size() % config.shard_size:
@@ -116,15 +125,15 @@ def _mesh(config: ParallelConfig, device: torch.device) -> DeviceMesh:
 
 @contextmanager
 def gradients_stay_local(embedder: nn.Module, local: bool) -> Iterator[None]:
-    """DDP averages the gradients over the ranks in the last micro-batch only. FSDP always does, since otherwise every
-    rank would have to hold the whole gradient."""
+    """Inside, if `local`, DDP does not average gradients over the ranks: it does so in the last micro-batch only. FSDP
+    always does, since otherwise every rank would have to hold the whole gradient."""
     with embedder.no_sync() if local and isinstance(embedder, DistributedDataParallel) else nullcontext():
         yield
 
 
 @torch.no_grad()
 def clip_gradients(parameters: list[Tensor], norm: float) -> Tensor:
-    """Scale all gradients down to the global `norm`, whole or sharded; returns what it was before."""
+    """Scale all gradients, whole or sharded, so that their global norm is at most `norm`; returns the norm before."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     device = parameters[0].device
     squares = {False: torch.zeros((), device=device), True: torch.zeros((), device=device)}
@@ -134,7 +143,7 @@ def clip_gradients(parameters: list[Tensor], norm: float) -> Tensor:
             squares[sharded] = torch.stack(torch._foreach_norm(local)).float().square().sum()
     mesh = next((g.device_mesh for g in gradients if isinstance(g, DTensor)), None)
     if mesh is not None:
-        # replicas hold the same shards: only the ranks that share one model's shards add up
+        # summed over the shards of one replica: the replicas hold the same
         dist.all_reduce(squares[True], group=mesh.get_group(mesh.ndim - 1))
     total = (squares[False] + squares[True]).sqrt()
     factor = (norm / (total + 1e-6)).clamp(max=1.0)

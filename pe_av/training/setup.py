@@ -1,4 +1,4 @@
-"""What a run starts with: its model and tokenizer, and its data."""
+"""What a training starts with: its model, its tokenizer, and its clips in loaders."""
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
@@ -30,15 +30,15 @@ from pe_av.model.pe_audio_video import PEAudioVideo
 from pe_av.ranks import of_rank_0, rank, world_size
 from pe_av.training.parallel import share_weights
 
-SAMPLES = 1000  # of a stream of shards, from which its tokenizer is trained
-CALIBRATION_CLIPS = 12  # of which a random codec hears the first second
+SAMPLES = 1000  # of a stream of shards: the first ones stand for all when its tokenizer and pairings are made
+CALIBRATION_CLIPS = 12  # clips on whose first second a random codec is calibrated
 
 
 def training_clips(data: DataConfig) -> Manifest | MixedManifest:
-    """What there is to train on; of a stream of shards the first samples, which stand for all.
+    """The clips to train on; of a stream of shards, the first `SAMPLES`.
 
     Raises:
-        ConfigError: no such data.
+        ConfigError: no data are set, or they cannot be read.
     """
     if data.mix:
         return read_mix(data.mix)
@@ -54,10 +54,13 @@ def prepare_model(
     console: Console,
     tokenizer: str | None,
 ) -> tuple[PEAudioVideo, Processor]:
-    """From the checkpoint, or with random weights, warm starts, and a tokenizer made from the captions.
+    """The model and processor of `checkpoint`; or a new model, with the towers of `init`, and a tokenizer for it.
 
     Args:
-        tokenizer: of the run that goes on, which keeps it; None: of a new one.
+        clips: to train on; a new tokenizer is trained on their captions, and a random codec calibrated on their audio.
+        tokenizer: of the run that is resumed; None: the run is new.
+    Raises:
+        ConfigError: the checkpoint is no PEAudioVideo, or cannot be read.
     """
     model = start_model(config, device)
     if not isinstance(model, PEAudioVideo):
@@ -85,8 +88,11 @@ def prepare_model(
 
 
 def start_model(config: RunConfig, device: torch.device) -> Model:
-    """The model of `checkpoint`, or a new one. The weights that count are rank 0's, which `parallel.parallelize` gives
-    to the others; under FSDP these have no memory for them until then."""
+    """The model of `checkpoint`, or a new one with random weights.
+
+    `parallel.parallelize` later gives rank 0's weights to all ranks; with FSDP the others have none until then, so that
+    they need no memory for a whole model.
+    """
     place = "meta" if rank() and config.parallel.strategy == "fsdp" else device
     if config.checkpoint is None:
         return build_model(config.model, place).train()
@@ -96,21 +102,32 @@ def start_model(config: RunConfig, device: torch.device) -> Model:
 
 
 def tokenizer_of_rank_0(texts: Callable[[], Iterable[str]], vocab_size: int) -> Tokenizer:
-    """A tokenizer made from the texts; reading millions of them is the work of one rank."""
+    """A tokenizer trained on the texts, of which there may be millions: only rank 0 reads them."""
     return Tokenizer.from_str(of_rank_0(train_tokenizer(texts(), vocab_size).to_str() if rank() == 0 else None))
 
 
 def calibrate(codec: CodecEncoder, waveforms: Iterable[Tensor], rate: int, device: torch.device) -> None:
-    """A random codec stays as it starts, so it starts with its channels scaled to the sounds that there are.
+    """Scale the channels of a random codec so that they have comparable sizes on the given audio.
+
+    A random codec is frozen like any other, so training will not correct its scales.
 
     Args:
-        waveforms: (samples,) each, of which the first that last a second are heard.
+        waveforms: (samples,) each. The first second of the first twelve that last a second is used.
         rate: samples per second.
     """
     second = rate // codec.hop_length * codec.hop_length
-    heard = list(islice((w[:second] for w in waveforms if len(w) >= second), CALIBRATION_CLIPS))
-    if heard:
-        codec.calibrate(torch.stack(heard)[:, None].to(device))
+    seconds = list(islice((w[:second] for w in waveforms if len(w) >= second), CALIBRATION_CLIPS))
+    if seconds:
+        codec.calibrate(torch.stack(seconds)[:, None].to(device))
+
+
+def frozen_codec(model: Model, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+    """The codec as a function (1, 1, samples) -> (1, positions, D), whose results can be kept, since it is frozen; None
+    if it is trained. To be called on all ranks."""
+    share_weights(model.audio.codec, device)
+    if model.config.audio.codec.trainable:
+        return None
+    return lambda waveform: model.audio.encode(waveform.to(device))[0].cpu()
 
 
 def prepare_loaders(
@@ -121,37 +138,29 @@ def prepare_loaders(
     train_clips: Manifest | MixedManifest,
     eval_clips: Manifest,
 ) -> tuple[Loader | StreamLoader, Loader]:
-    """The training and the evaluation clips in batches for this rank and device."""
+    """Loaders of the training and the evaluation clips, giving this rank's rows of every batch."""
     data, pinned = config.data, device.type == "cuda"
     ranks = {"rank": rank(), "world": world_size()}
     kinds = tuple(dict.fromkeys(pairing.caption for pairing in config.loss.pairings))
-    # held-out clips also have one caption for all, by which they are found
-    collate, collate_all = Collate(processor, kinds), Collate(processor, tuple(dict.fromkeys((None, *kinds))))
+    # retrieval on held-out clips also needs the caption of everything, whatever the loss compares
+    collate, collate_eval = Collate(processor, kinds), Collate(processor, tuple(dict.fromkeys((None, *kinds))))
     read: Callable[[Any], dict[str, Any]] = reader_for(data, model, processor)
 
-    def loader(
-        title: str, clips: Sequence[Any], sampler: BatchSampler, together: Collate, crop: float | None
-    ) -> Loader:
+    def loader(title: str, clips: Sequence[Any], sampler: BatchSampler, collate: Collate, crop: float | None) -> Loader:
         if not data.in_memory:
-            return Loader(clips, read, sampler, together, data.num_workers, data.time_limit, pinned, crop)
-
-        def codec_features(waveform: Tensor) -> Tensor:
-            return model.audio.encode(waveform.to(device))[0].cpu()
-
-        encode = None if model.config.audio.codec.trainable else codec_features
-        share_weights(model.audio.codec, device)
+            return Loader(clips, read, sampler, collate, data.num_workers, data.time_limit, pinned, crop)
+        encode = frozen_codec(model, device)
         items = load_into_memory(clips, read, data.num_workers, encode, f"reading the {title} clips", data.time_limit)
-        return Loader(items, dict, sampler, together, pin_memory=pinned)
+        return Loader(items, dict, sampler, collate, pin_memory=pinned)
 
-    evaluation = BatchSampler(len(eval_clips), config.eval_batch_size, **ranks)
-    eval_loader = loader("evaluation", eval_clips, evaluation, collate_all, None)
+    eval_sampler = BatchSampler(len(eval_clips), config.eval_batch_size, **ranks)
+    eval_loader = loader("evaluation", eval_clips, eval_sampler, collate_eval, None)
     if data.shards is not None:
-        rows = len(range(rank(), config.batch_size, world_size()))  # of this rank
         stream = StreamLoader(
             data.shards,
             read,
             collate,
-            rows,
+            len(range(rank(), config.batch_size, world_size())),  # this rank's rows of a batch
             seed=config.seed,
             num_workers=data.num_workers,
             time_limit=data.time_limit,
@@ -176,7 +185,7 @@ def prepare_loaders(
 
 
 def watch_loader(config: TrainConfig, processor: Processor) -> Loader | None:
-    """Of the clips that `watch` names."""
+    """A loader of the clips of `watch`, if it is set."""
     if config.watch is None:
         return None
     clips = read_manifest(config.watch)

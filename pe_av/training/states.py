@@ -1,9 +1,9 @@
-"""The state of a run, to go on from exactly: weights, moments, average, data position and random numbers.
+"""States, from which a run resumes exactly: weights, moments, average, position in the data, random numbers.
 
-Written by torch.distributed.checkpoint, every rank its shards, in the background, where every rank also takes the
-checksums of its own files. A state gets its name `step-00000100` when all of that is on the disk, so one that has the
-name is whole, and is found by the next `resume=auto` at once. It can be read on another number of ranks. Learning rate,
-decay and the like are no part of it: they are settings, and those of the run that goes on hold.
+torch.distributed.checkpoint writes them in a background thread: every rank its shards, of which it then takes the
+checksums. A state gets its name, `step-00000100`, only when all of it is on the disk, so a state that has its name is
+complete, and `resume=auto` finds it. It can be loaded on another number of ranks. Learning rate, weight decay and the
+like are not part of it: they are settings, and a resumed run uses its own.
 """
 
 import hashlib
@@ -31,39 +31,43 @@ from pe_av.ranks import rank, world_size
 from pe_av.training.optim import AveragedWeights
 
 CHECKSUMS = "checksums.json"
-# one process needs no group, which it would be reminded of at every checkpoint
+# a single process needs no process group, but would be warned of that at every state
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-class Checkpointer:
-    """The states of one run, in `folder/step-*`.
+class StateWriter:
+    """Writes the states of one run, to `folder/step-*`, and removes old ones.
 
     Args:
-        keep: the newest this many stay.
-        milestone_every: states of steps that are a multiple of this stay, too.
-        timeout_minutes: a rank that the others wait for longer than this, in writing, is lost.
+        keep: how many of the newest states to keep.
+        milestone_every: also keep the states of steps that are a multiple of this.
+        timeout_minutes: how long a rank waits for the others while writing, before it gives them up as lost.
     """
 
     def __init__(self, folder: Path, keep: int, milestone_every: int | None = None, timeout_minutes: float = 10.0):
         self.folder, self.keep, self.milestone_every = folder, keep, milestone_every
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="states")
         self._pending: Future | None = None
-        # writing is collective, and must not meet the training's own messages
+        # a group of its own, so that the messages of writing and of training do not mix
         timeout = timedelta(minutes=timeout_minutes)
         self._group = dist.new_group(backend="gloo", timeout=timeout) if world_size() > 1 else None
         folder.mkdir(parents=True, exist_ok=True)
 
     def begin(self, step: int) -> list[Path]:
-        """Remove what an earlier process left half written, and set aside the states after `step`, from which this run
-        goes on: they are damaged, or of a course that it leaves. Else they would be the newest.
+        """Tidy up before the first step: remove half-written states, and set aside those after `step`.
 
+        Such later states are damaged, or from training that this run does not continue. Left in place, they would count
+        as the newest, and this run's own would be removed first.
+
+        Args:
+            step: the step that the run goes on from.
         Returns:
-            what was set aside, under its new name.
+            the new paths of the states that were set aside.
         """
         aside = []
         if rank() == 0:
-            for torn in self.folder.glob("*.part"):
-                shutil.rmtree(torn)
+            for unfinished in self.folder.glob("*.part"):
+                shutil.rmtree(unfinished)
             for later in named_states(self.folder):
                 if _step_of(later) > step:
                     place = later.with_suffix(".abandoned")
@@ -82,10 +86,10 @@ class Checkpointer:
         average: AveragedWeights | None,
         progress: dict[str, Any],
     ) -> None:
-        """Copy the state to memory and write it in the background; the run goes on meanwhile.
+        """Copy the state in memory, and write the copy in the background while the run goes on.
 
         Args:
-            progress: of this rank, as JSON can hold it: whatever else the run must know to go on.
+            progress: everything else that this rank needs to resume; JSON can hold it.
         Raises:
             CheckpointError: the state before this one could not be written.
         """
@@ -95,13 +99,13 @@ class Checkpointer:
         self._pending = self._writer.submit(self._write, step, copied, progress)
 
     def problem(self) -> str | None:
-        """Why the last state could not be written, as far as is known by now."""
+        """Why the last state could not be written; None if it was, or is still being written."""
         if self._pending is not None and self._pending.done() and self._pending.exception() is not None:
             return str(self._pending.exception())
         return None
 
     def wait(self) -> None:
-        """Until what was saved last is whole on the disk, under its name.
+        """Wait until the last state is complete on the disk.
 
         Raises:
             CheckpointError: it could not be written.
@@ -111,6 +115,7 @@ class Checkpointer:
             pending.result()
 
     def _write(self, step: int, copied: dict[str, Any], progress: str) -> None:
+        """Runs in the background thread of every rank: write the files, then their checksums, then give the name."""
         final = self.folder / f"step-{step:08d}"
         unfinished = self.folder / f"{final.name}.part"
         try:
@@ -124,47 +129,46 @@ class Checkpointer:
         writer = dcp.FileSystemWriter(unfinished)
         try:
             dcp.save(copied, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
-        except CheckpointException as error:  # no Exception, and a page of tracebacks
+        except CheckpointException as error:  # a BaseException, whose message is a page of tracebacks
             first, _ = next(iter(error.failures.values()))
             raise self._cannot_write(unfinished, first) from error
-        mine = [unfinished / f"rank-{rank()}.json", *unfinished.glob(f"__{rank()}_*")]
+        files = [unfinished / f"rank-{rank()}.json", *unfinished.glob(f"__{rank()}_*")]
         if rank() == 0:
-            mine.append(unfinished / ".metadata")
-        sums = {path.name: _checksum(path) for path in sorted(mine)}
-        everyone = self._of_all(sums)
+            files.append(unfinished / ".metadata")
+        everyone = self._of_all({path.name: _checksum(path) for path in sorted(files)})
         if rank() == 0:
-            whole = {name: checksum for part in everyone for name, checksum in part.items()}
+            checksums = {name: checksum for of_rank in everyone for name, checksum in of_rank.items()}
             try:
-                _write_text(unfinished / CHECKSUMS, json.dumps(whole, indent=1))
-                if final.exists():  # saved at the same step before
+                _write_text(unfinished / CHECKSUMS, json.dumps(checksums, indent=1))
+                if final.exists():  # an earlier state of the same step
                     shutil.rmtree(final)
                 unfinished.rename(final)
-                _to_disk(self.folder)
+                _flush_folder(self.folder)
                 self._remove_old()
             except OSError as error:
                 failed = error
-        failed = next((theirs for theirs in self._of_all(None if failed is None else str(failed)) if theirs), None)
-        if failed is not None:
-            raise self._cannot_write(unfinished, failed)
+        reason = next((reason for reason in self._of_all(failed and str(failed)) if reason), None)
+        if reason is not None:
+            raise self._cannot_write(unfinished, reason)
 
     def _remove_old(self) -> None:
         for old in named_states(self.folder)[: -self.keep]:
             if self.milestone_every is None or _step_of(old) % self.milestone_every:
-                # renamed first: a kill on the way leaves nothing that looks like a state
-                torn = old.rename(old.with_suffix(".part"))
-                shutil.rmtree(torn)
+                # renamed first, so that a kill while removing leaves nothing that looks like a state
+                shutil.rmtree(old.rename(old.with_suffix(".part")))
 
     def _of_all(self, value: Any) -> list[Any]:
-        found = [value]
+        """What every rank gives, on every rank."""
+        values = [value]
         if self._group is not None:
-            found = [None] * world_size()
-            dist.all_gather_object(found, value, group=self._group)
-        return found
+            values = [None] * world_size()
+            dist.all_gather_object(values, value, group=self._group)
+        return values
 
     def _cannot_write(self, path: Path, reason: object) -> CheckpointError:
         free = shutil.disk_usage(self.folder).free / 1e9
         return CheckpointError(
-            f"{path}: cannot be written, with {free:.1f} GB left on the disk ({reason}); the older states are whole: "
+            f"{path}: cannot be written, with {free:.1f} GB left on the disk ({reason}); the older states are intact: "
             "make room, and go on with resume=auto"
         )
 
@@ -172,20 +176,21 @@ class Checkpointer:
 def check_space(
     folder: Path, keep: int, models: int, model: nn.Module, optimizer: Optimizer, average: AveragedWeights | None
 ) -> None:
-    """Refuse a run whose checkpoints the disk has no room for.
+    """Refuse a run if the disk has no room for its states and checkpoints.
 
     Args:
-        keep: states that stay.
-        models: copies of the model that are handed on.
+        folder: of the run.
+        keep: number of states that it keeps.
+        models: number of checkpoints that it exports: 2 with `best/`, else 1.
     Raises:
-        CheckpointError: it says how much there is and how much there must be.
+        CheckpointError: the disk has too little room; says how much there is and how much is needed.
     """
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     moments = sum(2 * p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
     averages = 0 if average is None else sum(a.numel() * a.element_size() for a in average.average.values())
-    there = len(named_states(folder / "state"))
-    # a new state is whole before the oldest goes, and so is a model that replaces another
-    needed = max(keep + 1 - there, 1) * (weights + moments + averages) + (models + 1) * weights
+    present = len(named_states(folder / "state"))
+    # a new state is complete before the oldest is removed, and so is a checkpoint before the one that it replaces
+    needed = max(keep + 1 - present, 1) * (weights + moments + averages) + (models + 1) * weights
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(
@@ -195,32 +200,31 @@ def check_space(
 
 
 def load(path: Path, model: nn.Module, optimizer: Optimizer, average: AveragedWeights | None) -> None:
-    """Put the state `path` into model, optimizer and average, and its random numbers into this process if it was
-    written by as many ranks.
+    """Load the state `path` into model, optimizer and average; and its random numbers into this process, if as many
+    ranks as now wrote it.
 
     Raises:
-        CheckpointError: a state of another model.
+        CheckpointError: the state is of another model.
     """
     state = _state(model, optimizer, average)
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     for part, tensors in state.items():
         for name, tensor in tensors.items():
-            found = stored.get(f"{part}.{name}")
-            shape = getattr(found, "size", None)
+            shape = getattr(stored.get(f"{part}.{name}"), "size", None)
             if shape != tensor.shape:
-                there = "nothing" if shape is None else tuple(shape)
+                stored_shape = "nothing" if shape is None else tuple(shape)
                 raise CheckpointError(
-                    f"{path}: is of another model: {part} of {name} is {tuple(tensor.shape)} here and {there} there; "
-                    "resume with the config that it was made with"
+                    f"{path}: is of another model: {part} of {name} is {tuple(tensor.shape)} here and {stored_shape} "
+                    "there; resume with the config that it was made with"
                 )
-    # in place: what `_state` gives are the tensors of model, optimizer and average themselves
+    # in place: `_state` gives the very tensors of model, optimizer and average
     dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=world_size() == 1)
     if ranks_of(path) == world_size():
         set_random_state(read_progress(path)["random"])
 
 
 def read_progress(path: Path) -> dict[str, Any]:
-    """This rank's `progress` in the state `path`; written by another number of ranks, that of rank 0."""
+    """The `progress` that this rank saved in the state `path`; if another number of ranks wrote it, that of rank 0."""
     same = ranks_of(path) == world_size()
     return json.loads((path / f"rank-{rank() if same else 0}.json").read_text(encoding="utf-8"))
 
@@ -231,7 +235,7 @@ def ranks_of(path: Path) -> int:
 
 
 def _state(model: nn.Module, optimizer: Optimizer, average: AveragedWeights | None) -> dict[str, dict[str, Tensor]]:
-    """Every tensor of the state by its name; under FSDP, shards."""
+    """Every tensor of the state, by its name; with FSDP, this rank's shards."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     moments = {f"{names[p]}.{key}": value for p, values in optimizer.state.items() for key, value in values.items()}
     state = {"model": model.state_dict(), "optimizer": moments}
@@ -248,7 +252,7 @@ def _step_of(path: Path) -> int:
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The newest state in `folder` whose checksums are right, and those that are newer, each with what is wrong."""
+    """The newest undamaged state in `folder`, and the newer ones, which are damaged, each with the reason."""
     damaged = []
     for path in reversed(named_states(folder)):
         reason = damage(path)
@@ -259,10 +263,10 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a state, or None."""
+    """What is wrong with a state; None if its files are all there and have the recorded checksums."""
     if not (path / CHECKSUMS).is_file():
         hint = "; its states are in state/step-*" if (path / "state").is_dir() else ""
-        return f"no {CHECKSUMS} there, so this is no checkpoint of a run{hint}"
+        return f"no {CHECKSUMS} there, so this is no state of a run{hint}"
     try:
         sums = dict(json.loads((path / CHECKSUMS).read_text(encoding="utf-8")))
     except (ValueError, TypeError):
@@ -276,7 +280,7 @@ def damage(path: Path) -> str | None:
 
 
 def random_state() -> dict[str, Any]:
-    """Of this process: Python's and PyTorch's random numbers, as JSON can hold them."""
+    """The state of Python's and PyTorch's random numbers in this process, in a form that JSON can hold."""
     state = {"torch": torch.get_rng_state().numpy().tobytes().hex(), "python": random.getstate()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
@@ -284,6 +288,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
+    """Restore what `random_state` gave."""
     torch.set_rng_state(_bytes(state["torch"]))
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
@@ -307,7 +312,8 @@ def _write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _to_disk(folder: Path) -> None:
+def _flush_folder(folder: Path) -> None:
+    """Make the renaming inside a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
