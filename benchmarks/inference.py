@@ -31,12 +31,12 @@ def codec(models: Pair) -> Iterator[Case]:
 
     whole = _noise(models, 1, 10)
     yield Case("10 s", lambda: ours(whole.to(dtype)), lambda: theirs(whole), tolerance=_tolerance(dtype))
-    seconds = (1, 2, 4, 7, 11, 16, 22, 30)
+    seconds = (1, 5, 15, 30)
     ragged, mask = _noise(models, len(seconds), max(seconds)), _mask(models, [25 * s for s in seconds])
     # the last ten positions of a row hear the padding in transformers
     heard = _mask(models, [25 * s - 10 if s < max(seconds) else 25 * s for s in seconds], 25 * max(seconds))
     yield Case(
-        "8 clips of 1–30 s", lambda: ours(ragged.to(dtype), mask), lambda: theirs(ragged), heard, _tolerance(dtype)
+        "4 clips of 1–30 s", lambda: ours(ragged.to(dtype), mask), lambda: theirs(ragged), heard, _tolerance(dtype)
     )
 
 
@@ -50,14 +50,12 @@ def frames(models: Pair) -> Iterator[Case]:
         logits = embedder.vision_model(pixels.flatten(0, 1).to(theirs_dtype)).logits
         return torch.nn.functional.normalize(logits, dim=-1).view(*pixels.shape[:2], -1)
 
-    pixels = torch.rand(2, 8, 3, size, size, device=models.device) * 2 - 1
-    yield Case(
-        "2 × 8 frames", lambda: tower.encode(pixels.to(dtype)), lambda: theirs(pixels), tolerance=_tolerance(dtype)
-    )
-    ragged, lengths = torch.rand(4, 16, 3, size, size, device=models.device) * 2 - 1, (4, 8, 12, 16)
+    pixels = torch.rand(1, 4, 3, size, size, device=models.device) * 2 - 1
+    yield Case("4 frames", lambda: tower.encode(pixels.to(dtype)), lambda: theirs(pixels), tolerance=_tolerance(dtype))
+    ragged, lengths = torch.rand(4, 4, 3, size, size, device=models.device) * 2 - 1, (1, 2, 3, 4)
     mask = _mask(models, lengths)
     yield Case(
-        "4 clips of 4–16 frames",
+        "4 clips of 1–4 frames",
         lambda: tower.encode(ragged.to(dtype), mask),
         lambda: theirs(ragged),
         mask,
@@ -82,7 +80,7 @@ def text(models: Pair) -> Iterator[Case]:
             ]
 
         yield Case(
-            name, lambda ids=ids, mask=mask: ours._text(ids, mask).pooled, first_tokens, tolerance=_tolerance(dtype)
+            name, lambda ids=ids, mask=mask: ours.text(ids, mask)[0][:, 0], first_tokens, tolerance=_tolerance(dtype)
         )
 
 
@@ -115,16 +113,16 @@ def forward(models: Pair) -> Iterator[Case]:
     """Waveforms, frames and captions to all eight embeddings and six logits."""
     ours, theirs = models.ours, models.theirs
     dtype, size = ours.heads["audio"].proj.weight.dtype, ours.video.vision.image_size
-    ragged = ([25, 75, 150, 250], [4, 8, 12, 16], [5, 40, 100, 200])
-    for name, lengths in {"4 clips of 10 s, 16 frames, 64 tokens": ([250] * 4, [16] * 4, [64] * 4),
-                          "4 clips of 1–10 s, 4–16 frames, 5–200 tokens": ragged}.items():  # fmt: skip
+    ragged = ([25, 75, 150, 250], [1, 2, 3, 4], [5, 40, 100, 200])
+    for name, lengths in {"2 clips of 10 s, 4 frames, 64 tokens": ([250] * 2, [4] * 2, [64] * 2),
+                          "4 clips of 1–10 s, 1–4 frames, 5–200 tokens": ragged}.items():  # fmt: skip
         seconds, pictures, tokens = lengths
         batch = {
-            "input_ids": torch.randint(5, 1000, (4, max(tokens)), device=models.device),
+            "input_ids": torch.randint(5, 1000, (len(tokens), max(tokens)), device=models.device),
             "attention_mask": _mask(models, tokens),
-            "input_values": 0.1 * torch.randn(4, 1, max(seconds) * HOP, device=models.device),
+            "input_values": 0.1 * torch.randn(len(seconds), 1, max(seconds) * HOP, device=models.device),
             "padding_mask": _mask(models, [s * HOP for s in seconds]),
-            "pixel_values_videos": torch.rand(4, max(pictures), 3, size, size, device=models.device) * 2 - 1,
+            "pixel_values_videos": torch.rand(len(pictures), max(pictures), 3, size, size).to(models.device) * 2 - 1,
             "padding_mask_videos": _mask(models, pictures),
         }
 
@@ -199,3 +197,7 @@ def main(arguments: list[str]) -> None:
             for subject in subjects:
                 rows = [compare(case, device, dtype, options.repeats) for case in CASES[subject](models)]
                 report(subject, rows, setting, device)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

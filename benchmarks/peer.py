@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pe_av.conversion.folders import convert
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pe_av import PEAudioVideo, build_model, load_model, save_model
+from pe_av.conversion.write_checkpoint import convert
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-BLOCK_VALUES = 2**18  # of a feature map that are computed at a time, so that they stay in the cache
+BLOCK_VALUES = 2**20  # of a feature map that are computed at a time, so that they stay in the cache
 
 
 class Snake(nn.Module):
