@@ -154,7 +154,12 @@ def test_a_config_that_cannot_be_is_refused(folder: Path, change: Callable[[dict
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("[1, 2]", "holds list, not a mapping"), ("a: [", "not YAML"), ("", "holds NoneType")]
+    ("text", "message"),
+    [
+        ("[1, 2]", "the file is a YAML list, not a mapping"),
+        ("a: [", "not YAML"),
+        ("", "the file is a YAML NoneType, not a mapping"),
+    ],
 )
 def test_a_config_that_is_no_mapping_is_refused(folder: Path, text: str, message: str):
     (folder / CONFIG).write_text(text)

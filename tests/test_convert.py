@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import transformers
 import yaml
 from conftest import in_double, random_batch, randomize, relative_error, small_config
 from golden import synth
+from processes import ROOT, Command
 from published_models import (
     CLASSES,
     EMBEDDINGS,
@@ -53,7 +53,6 @@ from pe_av.config import HEADS, ConfigError, ConvertConfig, PEAudioFrameConfig
 from pe_av.config.compose import check_overrides, from_dict
 from pe_av.conversion.write_checkpoint import convert
 
-ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -939,24 +938,22 @@ def test_a_file_in_place_of_its_folder(source: Path, tmp_path: Path, monkeypatch
 # the command
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "convert.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+def command(output: Path, *arguments: str) -> Command:
+    return Command(output, "convert.py", *arguments).wait()
 
 
 def test_the_command(published: Callable[..., Path], tmp_path: Path):
     """What it did goes to stderr; nothing but the target is written."""
     before = set(ROOT.iterdir())
-    done = command(f"source={published()}", f"target={tmp_path}/native")
+    done = command(tmp_path, f"source={published()}", f"target={tmp_path}/native")
     assert done.returncode == 0, done.stderr
     assert "transformers' PeAudioVideoModel" in done.stderr and "written to" in done.stderr
     assert isinstance(load_model(tmp_path / "native"), PEAudioVideo)
     assert set(ROOT.iterdir()) <= before | {ROOT / "convert.py"}
 
 
-def test_a_mistake_costs_one_line():
-    done = command("source=./nowhere", "target=./t")
+def test_a_mistake_costs_one_line(tmp_path: Path):
+    done = command(tmp_path, "source=./nowhere", "target=./t")
     assert done.returncode == 1
     assert done.stderr == "error: ./nowhere: no such folder\n"
     assert done.stdout == "" and not (ROOT / "t").exists()

@@ -299,7 +299,7 @@ def test_processor_of_its_checkpoint(model: PEAudioFrame, tmp_path: Path):
     with torch.inference_mode():
         out = load_model(tmp_path)(**batch)
     assert out.logits.shape == (2, 5) and (out.logits[0, 3:] == -torch.inf).all()
-    with pytest.raises(ValueError, match="reads text and audio only"):
+    with pytest.raises(ValueError, match="reads only text and audio: leave videos= out"):
         processor(videos=torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
 
 

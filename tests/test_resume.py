@@ -124,6 +124,7 @@ def test_a_run_leaves_when_its_time_is_up(tmp_path: Path, world: list[str]):
     assert damage(tmp_path / "run" / "state" / f"step-{losses(tmp_path / 'run')[-1][0]:08d}") is None
 
 
+@pytest.mark.slow
 def test_two_ranks_log_what_one_does(tmp_path: Path, world: list[str]):
     """Sharded and in micro-batches."""
     finish(tmp_path / "one", *world, *NO_DROPOUT, "steps=2")

@@ -432,6 +432,8 @@ def test_text_weights_without_their_tokenizer(world: Path, tmp_path: Path, tiny_
 def test_a_tokenizer_of_another_vocabulary(world: Path, tmp_path: Path, tiny_bert: Path):
     tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 600}, unk_token="[UNK]"))
     tokenizer.save(str(tiny_bert / "tokenizer.json"))
-    with pytest.raises(ValueError, match="the model knows 512") as raised:
+    with pytest.raises(
+        ValueError, match="the model's vocabulary ends at 511: tokenizer.json is another model's"
+    ) as raised:
         run(tmp_path / "run", world, f"init.text={tiny_bert}").train()
     assert len(str(raised.value).splitlines()) == 1
