@@ -31,12 +31,12 @@ def codec(models: Pair) -> Iterator[Case]:
 
     whole = _noise(models, 1, 10)
     yield Case("10 s", lambda: ours(whole.to(dtype)), lambda: theirs(whole), tolerance=_tolerance(dtype))
-    seconds = (1, 5, 15, 30)
+    seconds = (1, 10, 30)
     ragged, mask = _noise(models, len(seconds), max(seconds)), _mask(models, [25 * s for s in seconds])
     # the last ten positions of a row hear the padding in transformers
     heard = _mask(models, [25 * s - 10 if s < max(seconds) else 25 * s for s in seconds], 25 * max(seconds))
     yield Case(
-        "4 clips of 1–30 s", lambda: ours(ragged.to(dtype), mask), lambda: theirs(ragged), heard, _tolerance(dtype)
+        "3 clips of 1–30 s", lambda: ours(ragged.to(dtype), mask), lambda: theirs(ragged), heard, _tolerance(dtype)
     )
 
 

@@ -7,7 +7,8 @@ import torch
 from conftest import in_double, random_batch, randomize, relative_error, small_config
 from torch import Tensor
 
-from pe_av.model import packing, video
+from pe_av.model import codec, packing, video
+from pe_av.model.codec import CodecEncoder
 from pe_av.model.pe_audio_video import PEAudioVideo
 from pe_av.model.transformer import attend
 
@@ -76,6 +77,27 @@ def test_frames_as_bytes_are_scaled_in_pieces_too(model: PEAudioVideo):
         found = model.video.encode(frames)
         expected = model.video.encode((frames.double() / 255 - 0.5) / 0.5)
     assert relative_error(found, expected) <= 1e-6  # bytes are scaled in float32
+
+
+@pytest.mark.parametrize("ratios", [[2, 8, 10, 12], [3, 5, 2], [7]])
+@pytest.mark.parametrize("tile", [1, 4, 250])
+@pytest.mark.parametrize("block", [3000, 2**20])
+def test_the_codec_in_tiles_and_blocks(ratios: list[int], tile: int, block: int, monkeypatch: pytest.MonkeyPatch):
+    """Against the padded batch in one piece, which the codec computes where it learns. The small blocks cut the first
+    stages in pieces, as the counted calls show."""
+    encoder = randomize(CodecEncoder(2, ratios, 5, tile_positions=tile)).double()
+    lengths = torch.tensor([13, 1, 9, 13, 40])
+    mask = torch.arange(40) < lengths[:, None]
+    waveform = torch.randn(5, 1, 40 * encoder.hop_length, dtype=torch.float64)
+    with torch.no_grad():
+        expected = encoder._encode(waveform, mask)
+    calls = []
+    monkeypatch.setattr(encoder.stages[0], "forward", _counting(encoder.stages[0].forward, calls))
+    monkeypatch.setattr(codec, "BLOCK_VALUES", block)
+    found = encoder(waveform, mask)
+    assert relative_error(found[mask], expected[mask]) <= 1e-12
+    if tile == 250 and ratios == [2, 8, 10, 12]:
+        assert (len(calls) > 8) == (block == 3000)
 
 
 def _counting(forward, counted: list[int]):
