@@ -114,9 +114,16 @@ def compare(case: Case, device: torch.device, dtype: torch.dtype, repeats: int) 
     }
 
 
+def _cpu() -> str:
+    """The processor's name, what it computes vectors with, and how many threads of it are used."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
+
+
 def report(subject: str, rows: list[dict[str, Any]], setting: dict[str, Any], device: torch.device) -> None:
     """A table on standard output, and the same into benchmarks/results/SUBJECT_DEVICE.json, beside other settings."""
-    chip = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    chip = torch.cuda.get_device_name() if device.type == "cuda" else _cpu()
     table = Table(
         "case", "ours s", "theirs s", "ratio", "(spread)", "of matmul", title=f"{subject} on {chip}: {setting}"
     )

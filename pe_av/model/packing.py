@@ -44,6 +44,13 @@ class Packing:
         return ((position[:, None] - position).abs() <= self.reach)[None, None]
 
 
+def without_full(mask: Tensor | None) -> Tensor | None:
+    """A mask of which all is True, where that is known without waiting for a GPU, is none: attention is faster so."""
+    if mask is None or mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return mask
+    return None if mask.all() else mask
+
+
 def packing_of(mask: Tensor, layers: Sequence[nn.Module]) -> Packing | None:
     """How to pack a batch for these layers; None where it does not pay, or cannot be done.
 

@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from pe_av.model.packing import Packing, packing_of
+from pe_av.model.packing import Packing, packing_of, without_full
 from pe_av.model.transformer import ACTIVATION, at_least_float32, attend
 
 
@@ -114,6 +114,7 @@ class ModernBERT(nn.Module):
         Returns:
             hidden states (B, T, D), and per layer the attention weights (B, H, T, T) if attention="eager", else None.
         """
+        mask = without_full(mask)
         x = self.embedding_norm(self.embedding(input_ids))
         position = torch.arange(input_ids.shape[1], device=input_ids.device)
         exponent = torch.arange(0, self.head_dim, 2, device=x.device, dtype=torch.float32) / self.head_dim

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from pe_av.config import RopeConfig
-from pe_av.model.packing import Packing, packing_of
+from pe_av.model.packing import Packing, packing_of, without_full
 
 ACTIVATION = {
     "silu": F.silu,
@@ -240,7 +240,7 @@ class TemporalTransformer(nn.Module):
         Raises:
             ValueError: more positions than `max_position_embeddings`, unless the rotary embedding is "dynamic".
         """
-        batch, length = x.shape[0], x.shape[1] + 1
+        batch, length, mask = x.shape[0], x.shape[1] + 1, without_full(mask)
         if length > self.max_position and self.rope.rope_type != "dynamic":
             raise ValueError(
                 f"{length - 1} positions and a class token are more than max_position_embeddings={self.max_position}: "
