@@ -61,6 +61,8 @@ def load_model(
         ConfigError: an unknown key or an impossible value in the config, or `towers` that the model does not have.
     """
     path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder; give that of a checkpoint, such as runs/<date>/checkpoint")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
             raise CheckpointError(
@@ -70,6 +72,8 @@ def load_model(
     model = build_model(config, "meta")
     with open_weights(path / WEIGHTS_FILE, device) as file:
         _check_fit(model, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, path)  # noqa: SIM118
+        if isinstance(towers, str):
+            raise ConfigError(f'towers="{towers}" is a string: give a tuple, such as towers=("{towers}",)')
         if towers is not None:
             if isinstance(config, PEAudioFrameConfig):
                 raise ConfigError("towers: PEAudioFrame always needs both of its towers; leave the argument out")
@@ -92,12 +96,21 @@ def save_weights(config: ModelConfig | PEAudioFrameConfig, weights: dict[str, Te
     weights = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
     # write under another name and rename, so that a crash never leaves half a file under the final name
     try:
-        save_file(weights, path / f"{WEIGHTS_FILE}.part", metadata={"format": "pt"})
+        save_tensors(weights, path / f"{WEIGHTS_FILE}.part", {"format": "pt"})
     except SafetensorError as error:
         raise CheckpointError(f"{path}: the weights could not be written ({error})") from error
     os.replace(path / f"{WEIGHTS_FILE}.part", path / WEIGHTS_FILE)
     (path / f"{CONFIG_FILE}.part").write_text(model_config_yaml(config), encoding="utf-8")
     os.replace(path / f"{CONFIG_FILE}.part", path / CONFIG_FILE)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
+    """A safetensors file with the permissions that new files have; the library alone makes it readable for one user."""
+    path = Path(path)
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
 
 
 @contextmanager

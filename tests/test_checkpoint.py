@@ -109,7 +109,7 @@ def refused(folder: Path, error: type[Exception], message: str) -> None:
 
 
 def test_a_folder_without_weights_is_refused(folder: Path, tmp_path: Path):
-    refused(tmp_path / "nowhere", CheckpointError, "nowhere: has no config.yaml")
+    refused(tmp_path / "nowhere", CheckpointError, "nowhere: no such folder")
     (folder / WEIGHTS).unlink()
     refused(folder, CheckpointError, "has no model.safetensors, so it is not a checkpoint folder in our own format")
 
@@ -193,6 +193,12 @@ def test_missing_and_unknown_weights_are_refused(folder: Path):
         CheckpointError,
         "2 weights do not fit config.yaml: missing text.embedding.weight, unknown text.embeding.weight",
     )
+
+
+def test_weights_have_the_permissions_of_new_files(folder: Path, tmp_path: Path):
+    """With those that the library gives them alone, a checkpoint could be listed by others and not loaded."""
+    (tmp_path / "new").touch()
+    assert (folder / WEIGHTS).stat().st_mode == (tmp_path / "new").stat().st_mode
 
 
 @pytest.mark.parametrize("failing", ["save_file", "replace"])

@@ -612,11 +612,11 @@ def test_a_full_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_disk_that_fills_up_on_the_way(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ):
-    def half_written(weights: dict, path: Path, **_: object) -> None:
+    def half_written(weights: dict, path: Path, *_: object) -> None:
         path.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(pe_av.conversion.write_checkpoint, "save_file", half_written)
+    monkeypatch.setattr(pe_av.conversion.write_checkpoint, "save_tensors", half_written)
     refused(source, tmp_path / "t", CheckpointError, "No space left on device.*nothing was left behind")
 
 
@@ -624,7 +624,7 @@ def test_an_interrupted_conversion_leaves_nothing(source: Path, tmp_path: Path, 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pe_av.conversion.write_checkpoint, "save_file", interrupted)
+    monkeypatch.setattr(pe_av.conversion.write_checkpoint, "save_tensors", interrupted)
     refused(source, tmp_path / "t", KeyboardInterrupt, None)
 
 

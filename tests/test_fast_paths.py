@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import in_double, random_batch, randomize, relative_error, small_config
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pe_av.model import codec, packing, video
 from pe_av.model.codec import CodecEncoder
@@ -86,9 +87,9 @@ def test_the_codec_in_tiles_and_blocks(ratios: list[int], tile: int, block: int,
     """Against the padded batch in one piece, which the codec computes where it learns. The small blocks cut the first
     stages in pieces, as the counted calls show."""
     encoder = randomize(CodecEncoder(2, ratios, 5, tile_positions=tile)).double()
-    lengths = torch.tensor([13, 1, 9, 13, 40])
+    lengths = torch.tensor([13, 1, 9, 13, 40, 0])
     mask = torch.arange(40) < lengths[:, None]
-    waveform = torch.randn(5, 1, 40 * encoder.hop_length, dtype=torch.float64)
+    waveform = torch.randn(6, 1, 40 * encoder.hop_length, dtype=torch.float64)
     with torch.no_grad():
         expected = encoder._encode(waveform, mask)
     calls = []
@@ -98,6 +99,19 @@ def test_the_codec_in_tiles_and_blocks(ratios: list[int], tile: int, block: int,
     assert relative_error(found[mask], expected[mask]) <= 1e-12
     if tile == 250 and ratios == [2, 8, 10, 12]:
         assert (len(calls) > 8) == (block == 3000)
+
+
+def test_shapes_alone_are_traced_as_before(model: PEAudioVideo):
+    """On the meta device and with fake tensors nothing can be read of a mask."""
+    batch = in_double(random_batch(model.config))
+    meta = PEAudioVideo(small_config()).to("meta").double()
+    out = meta(**{name: value.to("meta") for name, value in batch.items()})
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        fake = model.train()(**{name: mode.from_tensor(value) for name, value in batch.items()})
+    model.eval()
+    expected = model(**batch)
+    for name, value in expected.embeds().items():
+        assert out.embeds()[name].shape == fake.embeds()[name].shape == value.shape
 
 
 def _counting(forward, counted: list[int]):
@@ -115,8 +129,14 @@ def lengths_of_batches() -> Iterator[tuple[tuple[int, int, int], ...]]:
     yield ((5, 31, 7), (33, 2, 2), (17, 8, 20))
 
 
-def test_the_forward_compiles_to_one_graph_for_all_lengths(model: PEAudioVideo):
-    """With dynamic shapes, by the eager backend; a graph break is an error, and so is another compilation."""
+def test_the_forward_compiles_to_one_graph_for_all_lengths():
+    """With dynamic shapes, by the eager backend; a graph break is an error, and so is another compilation. One layer of
+    each kind, as tracing takes most of the time."""
+    config = small_config()
+    config.text.num_hidden_layers = config.text.nth_text_layer = 2
+    for part in (config.audio.transformer, config.video.vision, config.fusion):
+        part.num_hidden_layers = 1
+    model = randomize(PEAudioVideo(config)).double().eval()
     torch._dynamo.reset()
     compiled = []
 

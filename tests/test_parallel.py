@@ -18,6 +18,7 @@ from pe_av.checkpoint import CheckpointError
 from pe_av.config import ConfigError, LossConfig, ModelConfig, OptimConfig, ParallelConfig
 from pe_av.evaluation.embedder import Embedder
 from pe_av.loss import contrastive_loss
+from pe_av.model import video
 from pe_av.model.pe_audio_video import PEAudioVideo
 from pe_av.ranks import process_group, rank, world_size
 from pe_av.training.gradient_caching import backward
@@ -39,6 +40,7 @@ def launch(ranks: int, work: Callable[..., None], *arguments: Any) -> None:
 def _rank(index: int, ranks: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(index), "WORLD_SIZE": str(ranks)}
+    video.FRAMES_AT_A_TIME = 2  # so that ranks would have different numbers of pieces, if they cut their frames
     with process_group(torch.device("cpu"), timeout_minutes=1):
         work(*arguments)
 

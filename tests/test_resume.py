@@ -337,6 +337,20 @@ def test_an_evaluation_that_a_stop_left_out_is_made_when_the_run_goes_on(tmp_pat
     assert run(tmp_path, [*world, "steps=1", "resume=auto"]).train() == {}  # there is nothing left to do
 
 
+def test_held_out_clips_that_cannot_be_used_cost_no_step(tmp_path: Path, world: list[str], monkeypatch):
+    training = run(tmp_path, [*world, "steps=2"])
+
+    def fail(*_: object) -> None:
+        raise ConfigError("all held-out clips are damaged")
+
+    monkeypatch.setattr(training.task, "evaluate", fail)
+    with pytest.raises(ConfigError, match="all held-out clips are damaged"):
+        training.train()
+    assert newest_whole(tmp_path / "state") == (tmp_path / "state" / "step-00000002", [])
+    metrics = run(tmp_path, [*world, "steps=2", "resume=auto"]).train()
+    assert metrics["text->audio"]["gallery"] == 4 and [row[0] for row in losses(tmp_path)] == [1, 2]
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path: Path, world: list[str]):
     first, second = (run(tmp_path, [*world, "steps=1"]) for _ in range(2))
     with locked(first.folder), pytest.raises(ConfigError, match="another process trains there"):

@@ -98,7 +98,7 @@ def test_evaluation_of_the_checkpoint_gives_the_figures_of_the_run(trained: Path
         ("train.py", ["device=warp"], "device=warp cannot be used here"),
         ("train.py", ["loss.weights.audio_text=-1"], "loss.weights.audio_text=-1"),
         ("eval.py", [], "checkpoint"),
-        ("eval.py", ["checkpoint=nowhere"], "nowhere: has no config.yaml, so it is not a checkpoint folder"),
+        ("eval.py", ["checkpoint=nowhere"], "nowhere: no such folder; give that of a checkpoint"),
     ],
 )
 def test_a_mistake_on_the_command_line_costs_one_line(

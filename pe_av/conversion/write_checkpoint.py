@@ -10,10 +10,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from pe_av.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, build_model
+from pe_av.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, build_model, save_tensors
 from pe_av.config import ModelConfig, PEAudioFrameConfig
 from pe_av.config.compose import model_config_yaml
 from pe_av.conversion.read_checkpoint import TOKENIZER_FILE, VISION_BIAS, Source, open_source
@@ -55,9 +54,10 @@ def convert(source: str | Path, target: str | Path, to: str = "native") -> Sourc
                 (unfinished / name).write_text(content, encoding="utf-8")
             if opened.tokenizer is not None:
                 opened.tokenizer.save(str(unfinished / TOKENIZER_FILE))
-            save_file(weights, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
+            save_tensors(weights, unfinished / WEIGHTS_FILE, {"format": "pt"})
+    console.print(f"read: {opened.format}", soft_wrap=True)
     count = sum(tensor.numel() for tensor in weights.values())
-    console.print(f"{opened.format}: {count:,} parameters in {len(weights)} tensors", soft_wrap=True)
+    console.print(f"written: {count:,} parameters in {len(weights)} tensors", soft_wrap=True)
     for note in opened.notes:
         console.print(f"note: {note}", soft_wrap=True)
     console.print(f"written to {target}", soft_wrap=True)

@@ -26,9 +26,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from pe_av.checkpoint import load_model
+from pe_av.checkpoint import load_model, save_tensors
 from pe_av.config import ConfigError, DataConfig
 from pe_av.data.clips import ClipReader
 from pe_av.data.manifest import Clip, Manifest, read_manifest
@@ -262,7 +261,7 @@ def _write_shard(path: Path, made_by: dict[str, str], states: dict[str, State], 
     about = {"made_by": made_by, "clips": states, "notes": {name: texts for name, texts in notes.items() if texts}}
     metadata = {"format": FORMAT} | {key: json.dumps(value) for key, value in about.items()}
     # safetensors needs at least one tensor
-    save_file(tensors or {"nothing": torch.zeros(1)}, f"{path}.part", metadata=metadata)
+    save_tensors(tensors or {"nothing": torch.zeros(1)}, f"{path}.part", metadata)
     os.replace(f"{path}.part", path)
 
 
@@ -289,6 +288,8 @@ def main(arguments: Sequence[str]) -> None:
     checkpoint, manifest, folder, *encoders = arguments
     try:
         model = load_model(checkpoint, pick_device("auto"))
+        if not isinstance(model, PEAudioVideo):
+            raise ConfigError(f"{checkpoint} is a PEAudioFrame, whose training uses no cache: give a PEAudioVideo")
         processor = Processor.from_pretrained(checkpoint)
         added = write_cache(model, processor, read_manifest(manifest), folder, encoders or tuple(FEATURES))
     except (ValueError, OSError) as error:

@@ -53,7 +53,7 @@ from pe_av.data.manifest_formats import (
     to_batches,
     write_rows,
 )
-from pe_av.media.tracks import MediaError, probe
+from pe_av.media.tracks import MediaError, probe, source_path
 
 
 @dataclass(frozen=True)
@@ -315,6 +315,13 @@ def measured(clip: Clip) -> Clip:
     return result
 
 
+LOOKED_FOR = 1000  # clips whose files the command looks for, since a wrong folder is a frequent mistake
+
+
+def _is_there(clip: Clip) -> bool:
+    return all(os.path.exists(source_path(source)) for source in (clip.audio, clip.video) if source is not None)
+
+
 def main(arguments: Sequence[str]) -> None:
     """python -m pe_av.data.manifest IN OUT"""
     if len(arguments) != 2:
@@ -324,6 +331,10 @@ def main(arguments: Sequence[str]) -> None:
         format_of(out)  # checked now, because looking into every file can take hours
         if not out.parent.is_dir():
             raise ConfigError(f"{out}: cannot be written (no such folder)")
+        if out.exists() and out.samefile(arguments[0]):
+            raise ConfigError(
+                f"{out}: is the manifest that is read, and would lose its other columns: name another file"
+            )
         manifest = measure(read_manifest(arguments[0]))
         manifest.write(out)
     except ValueError as error:
@@ -331,6 +342,11 @@ def main(arguments: Sequence[str]) -> None:
     lengths = manifest.lengths(math.inf)
     known = np.zeros(0) if lengths is None else lengths[np.isfinite(lengths)]
     unknown = f", {len(manifest) - len(known)} of unknown length" if len(known) < len(manifest) else ""
+    gone = [clip.id for clip in islice(manifest, LOOKED_FOR) if not _is_there(clip)]
+    if gone:
+        print(
+            f"warning: of the first {min(len(manifest), LOOKED_FOR)} clips {len(gone)} have no file, such as {gone[0]}"
+        )
     hours = known.sum(dtype=float) / 3600
     print(f"{len(manifest)} clips, {hours:.2f} hours{unknown}, written to {arguments[1]}")
 

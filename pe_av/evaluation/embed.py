@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pe_av.checkpoint import load_model
+from pe_av.checkpoint import load_model, save_tensors
 from pe_av.config import ConfigError
 from pe_av.device import to_device
 from pe_av.media.processor import Processor
@@ -65,7 +64,7 @@ def embed_files(
     model.train(was_training)
     tensors = {name: torch.cat(values) for name, values in embeds.items() if values}
     tensors |= {f"{name}_index": torch.tensor(indices[name]) for name in list(tensors)}
-    save_file(tensors, output, metadata={f"path_{i}": str(path) for i, path in enumerate(paths)})
+    save_tensors(tensors, output, {f"path_{i}": str(path) for i, path in enumerate(paths)})
     return failed
 
 

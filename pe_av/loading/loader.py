@@ -89,7 +89,10 @@ class Loader:
         for key, now in self.sampler.state_dict().items():
             if state.get(key) != now:
                 was, now = (_sets_text(value) if key == "sets" else value for value in (state.get(key), now))
-                raise ConfigError(f"the data cannot be resumed: the {_WORDING[key]} was {was}, now {now}")
+                raise ConfigError(
+                    f"the data cannot be resumed: the {_WORDING[key]} was {was}, now {now}; use the data and settings "
+                    "that the run began with, or start a new run from its model: checkpoint=…"
+                )
         if state.get("names") != self._names_checksum():
             raise ConfigError(
                 "the data cannot be resumed: the clips have other ids or another order; use the manifest that the run "

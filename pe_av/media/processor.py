@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from pe_av.config import ModelConfig, PEAudioFrameConfig
+from pe_av.config import ConfigError, ModelConfig, PEAudioFrameConfig
 from pe_av.config.compose import read_model_config
 from pe_av.media.audio import pad_to_hops, read_audio, resample
 from pe_av.media.frames import CHUNK, iter_frames
@@ -60,6 +60,8 @@ class Processor:
             ConfigError: `config.yaml` is missing or wrong.
             ValueError: `tokenizer.json` is not a tokenizer.
         """
+        if not Path(path).is_dir():
+            raise ConfigError(f"{path}: no such folder; give that of a checkpoint, such as runs/<date>/checkpoint")
         config = read_model_config(Path(path) / "config.yaml")
         return cls(config, read_tokenizer(path) if (Path(path) / "tokenizer.json").exists() else None)
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from pe_av.model.packing import has_values
+
 BLOCK_VALUES = 2**20  # of a feature map that are computed at a time, so that they stay in the cache
 
 
@@ -39,8 +41,7 @@ class ResidualUnit(nn.Module):
         self.conv2 = nn.Conv1d(channels, channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        change = self.conv2(self.snake2(self.conv1(self.snake1(x))))
-        return x + change if torch.is_grad_enabled() else change.add_(x)
+        return x + self.conv2(self.snake2(self.conv1(self.snake1(x))))
 
 
 class Stage(nn.Module):
@@ -158,7 +159,7 @@ class CodecEncoder(nn.Module):
             (B, samples / hop_length, codebook_dim) latents, meaningless at padding.
         """
         learning = self.trainable and torch.is_grad_enabled()
-        if learning or waveform.is_meta or torch.compiler.is_compiling():
+        if learning or not has_values(waveform):
             with torch.set_grad_enabled(learning):
                 return self._encode(waveform, position_mask)
         with torch.no_grad():
@@ -169,7 +170,7 @@ class CodecEncoder(nn.Module):
         rows, positions = len(waveform), waveform.shape[-1] // self.hop_length
         lengths = [positions] * rows if position_mask is None else position_mask.sum(1).tolist()
         latents = waveform.new_zeros(rows, positions, self.to_mean.out_channels)
-        for length in dict.fromkeys(lengths):
+        for length in dict.fromkeys(length for length in lengths if length):
             alike, count = [row for row in range(rows) if lengths[row] == length], max(1, self.tile_positions // length)
             for some in (alike[start : start + count] for start in range(0, len(alike), count)):
                 latents[some, :length] = self._encode_tiles(waveform[some, :, : length * self.hop_length]).to(latents)

@@ -26,5 +26,5 @@ class PairLogits(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x (…, N, D), y (…, M, D) -> (…, N, M) float32."""
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # there is none for meta
             return self.scale.float() * (x.float() @ y.float().mT) + self.bias.float()

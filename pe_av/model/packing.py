@@ -44,9 +44,14 @@ class Packing:
         return ((position[:, None] - position).abs() <= self.reach)[None, None]
 
 
+def has_values(mask: Tensor) -> bool:
+    """Whether its values can be looked at: not on the meta device, not while shapes alone are traced or compiled."""
+    return type(mask) is Tensor and not mask.is_meta and not torch.compiler.is_compiling()
+
+
 def without_full(mask: Tensor | None) -> Tensor | None:
     """A mask of which all is True, where that is known without waiting for a GPU, is none: attention is faster so."""
-    if mask is None or mask.device.type != "cpu" or torch.compiler.is_compiling():
+    if mask is None or mask.device.type != "cpu" or not has_values(mask):
         return mask
     return None if mask.all() else mask
 
@@ -58,9 +63,9 @@ def packing_of(mask: Tensor, layers: Sequence[nn.Module]) -> Packing | None:
         mask: (B, T) bool, True where valid, valid positions first.
     """
     # what is compiled would be compiled again for every set of lengths; eager attention returns padded weights
-    compiled = torch.compiler.is_compiling() or any(layer._compiled_call_impl is not None for layer in layers)
-    eager = any(getattr(module, "implementation", None) == "eager" for module in layers[0].modules())
-    if mask.device.type != "cpu" or compiled or eager:
+    compiled = any(layer._compiled_call_impl is not None for layer in layers)
+    eager = any(getattr(module, "implementation", None) == "eager" for layer in layers for module in layer.modules())
+    if mask.device.type != "cpu" or not has_values(mask) or compiled or eager:
         return None
     lengths = mask.sum(1).tolist()
     return Packing(mask, lengths) if sum(lengths) < MOST_VALID * mask.numel() else None

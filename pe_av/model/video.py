@@ -3,8 +3,9 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
 
+from pe_av.model.packing import has_values
 from pe_av.model.transformer import TemporalTransformer
 from pe_av.model.vit import VisionTransformer
 
@@ -37,18 +38,19 @@ class VideoEncoder(nn.Module):
         """
         pixels = pixel_values_videos.flatten(0, 1)
         size, mask = pixel_values_videos.shape[:2], padding_mask_videos
-        if mask is None or mask.is_meta or torch.compiler.is_compiling():
+        if mask is None or not has_values(mask):
             return self._encode(pixels).unflatten(0, size)
         features = self._encode(pixels[mask.flatten()])
         return features.new_zeros(*size, features.shape[-1]).index_put((mask,), features)
 
     def _encode(self, pixels: Tensor) -> Tensor:
         """(N, 3, S, S) -> (N, vision_dim)."""
-        weight = self.vision.patch_embed.weight
-        # sharded weights are gathered in every call, of which all ranks must make as many
-        whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or isinstance(weight, DTensor)
+        dtype = self.vision.patch_embed.weight.dtype
+        # sharded layers gather their weights in every call, of which all ranks must make as many
+        sharded = any(isinstance(layer, FSDPModule) for layer in self.vision.layers)
+        whole = torch.is_grad_enabled() or not has_values(pixels) or sharded
         pieces = [pixels] if whole else pixels.split(FRAMES_AT_A_TIME)
-        found = [self.vision((scale_frames(p) if p.dtype == torch.uint8 else p).to(weight.dtype)) for p in pieces]
+        found = [self.vision((scale_frames(p) if p.dtype == torch.uint8 else p).to(dtype)) for p in pieces]
         return F.normalize(torch.cat(found), dim=-1)
 
     def forward(

@@ -17,6 +17,10 @@ from pe_av.training.log import Log
 from pe_av.training.lora import merged_state_dict
 
 
+class Diverged(ConfigError):
+    """What was learned is of no use, so it must not become the state that a run resumes from."""
+
+
 class Evaluator:
     """The evaluations of one run.
 
@@ -51,7 +55,8 @@ class Evaluator:
         Returns:
             the metrics.
         Raises:
-            ConfigError: a figure is not finite, or there is nothing to evaluate on.
+            Diverged: a figure is not finite.
+            ConfigError: there is nothing to evaluate on, or too much of it is damaged.
         """
         learner = self.learner
         with learner.averaged():
@@ -64,7 +69,7 @@ class Evaluator:
             except ConfigError:
                 raise
             except ValueError as error:
-                raise ConfigError(
+                raise Diverged(
                     f"the evaluation at step {step} failed ({error}): if the model has diverged, go on from an "
                     f"earlier state (resume=… of {self.folder / 'state'}) with a lower optim.lr"
                 ) from error

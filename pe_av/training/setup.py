@@ -67,6 +67,8 @@ def prepare_model(
         raise ConfigError(f"{config.checkpoint} is a PEAudioFrame: python -m pe_av.training.frame trains it")
     if config.checkpoint is not None:
         return model, Processor.from_pretrained(config.checkpoint)
+    if config.lora.rank or config.optim.freeze:
+        console.print("note: without checkpoint= what is frozen keeps its random weights, or those of init.*")
     if rank() == 0:
         for line in warm_start(model, config.init):
             console.print(line, soft_wrap=True)

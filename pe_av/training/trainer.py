@@ -30,7 +30,7 @@ from pe_av.device import computes_in_bf16, pick_device, precision_context
 from pe_av.loading.bad_items import BadItems
 from pe_av.ranks import of_rank_0, process_group, rank, world_size
 from pe_av.training.agreement import agreed_batches
-from pe_av.training.evaluating import Evaluator
+from pe_av.training.evaluating import Diverged, Evaluator
 from pe_av.training.learner import Learner
 from pe_av.training.log import Log, Window, machine_use, progress_bar, scales_and_biases
 from pe_av.training.parallel import parallelize
@@ -161,7 +161,7 @@ class Trainer:
             if self.step and self.evaluator.is_due(self.step):  # the run was stopped before it
                 metrics = self.evaluator.evaluate(self.step)
                 self._save(loader.state_dict())
-            elif self.step >= config.steps:
+            if self.step >= config.steps:
                 self.console.print(f"all of steps={config.steps} have been taken: set more to go on")
 
             batches = agreed_batches(self.task, config.micro_batch_size, self.bad_items, self.requests, self.states)
@@ -188,7 +188,13 @@ class Trainer:
                     self._leave(position)
                 if self.evaluator.is_due(self.step):
                     self.skipped.read()
-                    metrics = self.evaluator.evaluate(self.step)
+                    try:
+                        metrics = self.evaluator.evaluate(self.step)
+                    except Diverged:
+                        raise
+                    except ConfigError:  # the held-out clips are at fault, not what was learned
+                        self._save(position)
+                        raise
                     window.restart()
                 if self.requests.save or self.step % config.save_every == 0 or last:
                     self._save(position)
