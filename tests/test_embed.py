@@ -11,10 +11,9 @@ from torch import Tensor
 from pe_av.config import HEADS
 from pe_av.evaluation.embedder import Embedder, embed_clips
 from pe_av.loading.batch import Collate
-from pe_av.loading.split import EMPTY_MICRO_BATCH, passes_of, split_batch, with_passes
+from pe_av.loading.split import EMPTY_MICRO_BATCH, joined, passes_of, split_batch, with_passes
 from pe_av.media.processor import Processor
 from pe_av.model.pe_audio_video import PEAudioVideo
-from pe_av.training.gradient_caching import joined
 
 
 @pytest.fixture(scope="module")

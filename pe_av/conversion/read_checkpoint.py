@@ -66,9 +66,9 @@ def open_source(source: str | Path) -> Iterator[Source]:
                 f"{folder}: the weights are not those of a known PE-AV format; they begin with {some}"
             )
         if (folder / CONFIG_FILE).is_file():
-            config, library = read_model_config(folder / CONFIG_FILE), OURS
+            config, implementation = read_model_config(folder / CONFIG_FILE), OURS
         else:
-            config, library = read_published_config(folder)
+            config, implementation = read_published_config(folder)
         if not weights_format.holds(config):
             frame = isinstance(config, PEAudioFrameConfig)
             described = "PEAudioFrame" if frame else f"a model with the heads {', '.join(config.heads)}"
@@ -82,9 +82,9 @@ def open_source(source: str | Path) -> Iterator[Source]:
             opened.notes.append(
                 f"{folder} has no {TOKENIZER_FILE}: before using text, put that of the text model into the target"
             )
-        if weights_format.library != library:
+        if weights_format.implementation != implementation:
             opened.notes.append(
-                f"the config is {library}, but the weights have the names of {weights_format}: they are of "
+                f"the config is {implementation}, but the weights have the names of {weights_format}: they are of "
                 "different branches or downloads. Each was read by its own format, and they fit; make sure that they "
                 "belong together"
             )
@@ -211,7 +211,7 @@ def _without_copies(files: _Weights, of: Format, folder: Path) -> dict[str, str]
 
 def _settle_vision_bias(source: Source, files: _Weights, stored_as: dict[str, str]) -> None:
     """Keep the bias that transformers adds to the frame encoder's projection if it was trained, else drop it."""
-    if source.format.library != TRANSFORMERS or isinstance(source.config, PEAudioFrameConfig):
+    if source.format.implementation != TRANSFORMERS or isinstance(source.config, PEAudioFrameConfig):
         return
     video, name = source.config.video, source.format.stored(VISION_BIAS, ()).name
     if name in stored_as and not video.vision.proj_bias:

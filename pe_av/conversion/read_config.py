@@ -1,6 +1,6 @@
 """Published configs to ours: `config.json` of transformers or of the original repository -> ModelConfig.
 
-A published config leaves out whatever equals its library's defaults, so those defaults are repeated here. No config can
+A published config leaves out what equals its implementation's defaults, so those are repeated here. No config can
 name a class or run code: only known keys are read, and a key that would change what the model computes is refused.
 """
 
@@ -70,7 +70,7 @@ TIMM_FIXED |= {"rope_grid_indexing": "xy", "attn_pool_mlp_ratio": 4.0, "in_chans
 
 
 def read_published_config(folder: Path) -> tuple[ModelConfig | PEAudioFrameConfig, str]:
-    """The config of the model that `folder/config.json` describes, and its library: TRANSFORMERS or ORIGINAL.
+    """The config of the model that `folder/config.json` describes, and its implementation: TRANSFORMERS or ORIGINAL.
 
     Raises:
         ConfigError: the file is missing, not JSON, of another architecture, or asks for something unsupported.

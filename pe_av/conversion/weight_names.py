@@ -153,14 +153,14 @@ ORIGINAL, TRANSFORMERS, OURS = "the original's", "transformers'", "ours"
 class Format:
     """A layout of weights; two checkpoints of one format differ only in size."""
 
-    library: str  # ORIGINAL, TRANSFORMERS or OURS, each of which has a config format of its own
-    model: str  # the class or classes in the library
+    implementation: str  # ORIGINAL, TRANSFORMERS or OURS, each of which has a config format of its own
+    model: str  # the class or classes in the implementation
     signs: tuple[str, ...]  # a checkpoint is of this format if a name in it begins with one of these
     heads: tuple[frozenset[str], ...] = ()  # the models that it can hold, by their heads; (): any
     rows: Sequence[tuple[str, str]] = ()  # the table of whole models; () for our own names
 
     def __str__(self) -> str:
-        return f"{self.library} {self.model}".strip()
+        return f"{self.implementation} {self.model}".strip()
 
     def holds(self, config: ModelConfig | PEAudioFrameConfig) -> bool:
         """Whether a model of this config can be stored in this format."""
@@ -171,17 +171,17 @@ class Format:
         theirs = self._rename(name)
         if theirs is None:
             return None
-        if self.library != OURS and name == "fusion.video_proj.weight":  # theirs is a convolution of kernel 1
+        if self.implementation != OURS and name == "fusion.video_proj.weight":  # theirs is a convolution of kernel 1
             return StoredWeight(theirs, (*shape, 1), lambda t: t[..., 0])
-        if self.library == ORIGINAL and name.startswith("audio.codec.to_mean."):
+        if self.implementation == ORIGINAL and name.startswith("audio.codec.to_mean."):
             # mean and scale of the bottleneck in one tensor; only sampling, which we never do, needs the scale
             return StoredWeight(theirs, (2 * shape[0], *shape[1:]), lambda t: t[: shape[0]])
-        if self.library == ORIGINAL and name.startswith("video.vision."):
+        if self.implementation == ORIGINAL and name.startswith("video.vision."):
             return stored_by_pe_core(name.removeprefix("video.vision."), theirs, shape)
         return StoredWeight(theirs, shape)
 
     def _rename(self, name: str) -> str | None:
-        inside = _INSIDE_HF if self.library == TRANSFORMERS else _INSIDE_ORIGINAL
+        inside = _INSIDE_HF if self.implementation == TRANSFORMERS else _INSIDE_ORIGINAL
         for ours, theirs in self.rows:
             if name.startswith(ours):
                 return None if theirs == "-" else theirs + rename(name.removeprefix(ours), inside.get(ours, []))
@@ -243,7 +243,7 @@ NOT_NEEDED = re.compile(r"rotary_emb\.(original_)?inv_freq$|\.rope\.pos_embed$|\
 
 def transformers_format(config: ModelConfig | PEAudioFrameConfig) -> Format | None:
     """The format in which transformers stores a model of this config; None if it has no class with these heads."""
-    return next((f for f in FORMATS if f.library == TRANSFORMERS and f.holds(config)), None)
+    return next((f for f in FORMATS if f.implementation == TRANSFORMERS and f.holds(config)), None)
 
 
 def rename(name: str, rows: Rows) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from pe_av.device import to_device
-from pe_av.loading.split import EMPTY_MICRO_BATCH, passes_of, split_batch, with_passes
+from pe_av.loading.split import EMPTY_MICRO_BATCH, joined, passes_of, split_batch, with_passes
 from pe_av.media.processor import Processor
 from pe_av.model.pe_audio_video import PEAudioVideo
 from pe_av.ranks import of_all_ranks, rank, world_size
@@ -87,12 +87,12 @@ def embed_clips(
         texts += _embed_of_all_ranks(embedder, micro_batch, processor, device)
     embedder.train(was_training)
 
-    joined = _joined(embeds, sizes)
+    embeddings = joined(embeds, sizes)
     return EmbeddedClips(
-        embeds=joined,
-        valid={name: torch.cat([info["valid"][name] for info in infos]) for name in joined},
+        embeds=embeddings,
+        valid={name: torch.cat([info["valid"][name] for info in infos]) for name in embeddings},
         keys={kind: torch.cat([info["caption_keys"][kind] for info in infos]) for kind in infos[0]["caption_keys"]},
-        texts=_joined(texts, [len(chunk) for chunk in chunks]),
+        texts=joined(texts, [len(chunk) for chunk in chunks]),
         captions=pad_sequence(captions, batch_first=True, padding_value=-1) if captions else torch.empty(0, 0),
         read=sum(info["read"] for info in infos),
         bad=[item for info in infos for item in info["bad"]],
@@ -107,12 +107,3 @@ def _embed_of_all_ranks(
     passes = sorted({one for theirs in of_all_ranks(passes_of(micro_batch)) for one in theirs})
     embeds = embedder(to_device(with_passes(micro_batch, passes, processor.config), device)) if passes else {}
     return of_all_ranks({name: value.float().cpu() for name, value in embeds.items()})
-
-
-def _joined(embeds: list[dict[str, Tensor]], sizes: list[int]) -> dict[str, Tensor]:
-    """The embeddings of consecutive micro-batches of these sizes, concatenated; zeros where one lacks a name."""
-    widths = {name: value.shape[1] for each in embeds for name, value in each.items()}
-    return {
-        name: torch.cat([each.get(name, torch.zeros(n, width)) for each, n in zip(embeds, sizes, strict=True)])
-        for name, width in sorted(widths.items())
-    }

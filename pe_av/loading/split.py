@@ -8,7 +8,7 @@ All ranks must make the passes that one of them makes, since sharded weights are
 averaged in the backward. A rank whose clips lack the input makes the pass with one row of zeros, and drops the result.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,27 @@ def split_batch(batch: dict[str, Any], size: int | None) -> list[dict[str, Any]]
         }
         micro_batches.append({"inputs": inputs, "texts": texts, "rows": rows, "size": stop - start})
     return micro_batches
+
+
+def joined(embedded: Sequence[dict[str, Tensor]], sizes: Sequence[int]) -> dict[str, Tensor]:
+    """The embeddings of consecutive micro-batches, by name, one after the other; zeros where one lacks a name.
+
+    If no micro-batch has rows, the embeddings are those of one of them: also without rows, but of the right shape.
+
+    Args:
+        sizes: rows of each micro-batch.
+    """
+    with_rows = [(embeds, size) for embeds, size in zip(embedded, sizes, strict=True) if size]
+    like = {name: value for embeds in embedded for name, value in embeds.items()}
+    like |= {name: value for embeds, _ in with_rows for name, value in embeds.items()}
+    if not with_rows:
+        return like
+    return {
+        name: torch.cat(
+            [embeds[name] if name in embeds else value.new_zeros(n, *value.shape[1:]) for embeds, n in with_rows]
+        )
+        for name, value in like.items()
+    }
 
 
 def passes_of(micro_batch: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pe_av.device import to_device
+from pe_av.loading.split import joined
 from pe_av.training.parallel import gradients_stay_local
 
 
@@ -80,27 +81,6 @@ def backward(
         start += size
     _set_random_state(after)
     return result
-
-
-def joined(embedded: Sequence[dict[str, Tensor]], sizes: Sequence[int]) -> dict[str, Tensor]:
-    """The embeddings of consecutive micro-batches, by name, one after the other; zeros where one lacks a name.
-
-    If no micro-batch has rows, the embeddings are those of one of them: also without rows, but of the right shape.
-
-    Args:
-        sizes: rows of each micro-batch.
-    """
-    with_rows = [(embeds, size) for embeds, size in zip(embedded, sizes, strict=True) if size]
-    like = {name: value for embeds in embedded for name, value in embeds.items()}
-    like |= {name: value for embeds, _ in with_rows for name, value in embeds.items()}
-    if not with_rows:
-        return like
-    return {
-        name: torch.cat(
-            [embeds[name] if name in embeds else value.new_zeros(n, *value.shape[1:]) for embeds, n in with_rows]
-        )
-        for name, value in like.items()
-    }
 
 
 def _computes(micro_batch: dict[str, Any]) -> bool:
