@@ -1,6 +1,7 @@
 """What is computed without padding, in pieces or compiled, against the padded batch at once: values and gradients."""
 
-from collections.abc import Iterator
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from conftest import in_double, random_batch, randomize, relative_error, small_c
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pe_av.model import codec, packing, video
+from pe_av.model import codec, packing
 from pe_av.model.codec import CodecEncoder
 from pe_av.model.pe_audio_video import PEAudioVideo
 from pe_av.model.transformer import attend
@@ -62,7 +63,7 @@ def test_frames_in_pieces_and_without_padding(model: PEAudioVideo, monkeypatch: 
     pixels, mask = batch["pixel_values_videos"], batch["padding_mask_videos"]
     frames = pixels.flatten(0, 1)
     expected = torch.nn.functional.normalize(model.video.vision(frames), dim=-1).unflatten(0, mask.shape)
-    monkeypatch.setattr(video, "FRAMES_AT_A_TIME", at_a_time)
+    monkeypatch.setattr(model.video, "frames_at_a_time", at_a_time)
     counted = []
     monkeypatch.setattr(model.video.vision, "forward", _counting(model.video.vision.forward, counted))
     with torch.no_grad():
@@ -122,35 +123,17 @@ def _counting(forward, counted: list[int]):
     return counting
 
 
-def lengths_of_batches() -> Iterator[tuple[tuple[int, int, int], ...]]:
-    yield ((24, 12, 5), (9, 5, 8), (15, 7, 3))
-    yield ((11, 9, 4), (30, 14, 9), (7, 6, 2), (20, 3, 6))
-    yield ((40, 4, 3), (3, 20, 12))
-    yield ((5, 31, 7), (33, 2, 2), (17, 8, 20))
-
-
-def test_the_forward_compiles_to_one_graph_for_all_lengths():
-    """With dynamic shapes, by the eager backend; a graph break is an error, and so is another compilation. One layer of
-    each kind, as tracing takes most of the time."""
-    config = small_config()
-    config.text.num_hidden_layers = config.text.nth_text_layer = 2
-    for part in (config.audio.transformer, config.video.vision, config.fusion):
-        part.num_hidden_layers = 1
-    model = randomize(PEAudioVideo(config)).double().eval()
-    torch._dynamo.reset()
-    compiled = []
-
-    def backend(graph, _):
-        compiled.append(graph)
-        return graph.forward
-
-    fast = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
-    graphs = []
-    for rows in lengths_of_batches():
-        batch = in_double(random_batch(model.config, rows))
-        with torch.no_grad():
-            found, expected = fast(**batch), model(**batch)
-        for name, value in expected.embeds().items():
-            assert relative_error(getattr(found, f"{name}_embeds"), value) <= 1e-9, name
-        graphs.append(len(compiled))
-    assert graphs[-1] == graphs[1] <= 2, graphs
+def test_importing_the_package_imports_little_beyond_torch():
+    """Each of these takes a second or so, and none is needed to load a model and embed clips."""
+    code = "import sys, torch; before = set(sys.modules); import pe_av; print(*sorted(set(sys.modules) - before))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    heavy = [
+        "torch._dynamo",
+        "torch._inductor",
+        "torch.distributed.fsdp",
+        "torchvision",
+        "hydra",
+        "matplotlib",
+        "pyarrow",
+    ]
+    assert "pe_av" in loaded and not set(heavy) & set(loaded)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as VF
+import torch.nn.functional as F
 from einops import rearrange
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -208,7 +208,7 @@ class Processor:
                 frames = frames[spread_indices(len(frames), config.num_frames)]
             chunks = iter(frames.split(CHUNK))
         size = [config.vision.image_size] * 2
-        resized = [VF.resize(chunk, size, VF.InterpolationMode.BILINEAR, antialias=True) for chunk in chunks]
+        resized = [F.interpolate(chunk, size, mode="bilinear", antialias=True) for chunk in chunks]
         return torch.cat(resized).contiguous()
 
     def batch_text(self, captions: Sequence[str]) -> dict[str, Tensor]:

@@ -3,13 +3,10 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from pe_av.model.packing import has_values
 from pe_av.model.transformer import TemporalTransformer
 from pe_av.model.vit import VisionTransformer
-
-FRAMES_AT_A_TIME = 32  # where no gradient is needed; a thousand frames then take no more memory than these
 
 
 def scale_frames(frames: Tensor) -> Tensor:
@@ -19,6 +16,10 @@ def scale_frames(frames: Tensor) -> Tensor:
 
 class VideoEncoder(nn.Module):
     """`encode`: frames -> frame features; `forward`: frame features (B, F, vision_dim) -> pooled and sequence."""
+
+    # Where no gradient is needed; a thousand frames then take no more memory than these. None: all at once, for layers
+    # that are sharded, which gather their weights in every call, of which all ranks must make as many.
+    frames_at_a_time: int | None = 32
 
     def __init__(self, vision: VisionTransformer, transformer: TemporalTransformer, vision_dim: int, hidden_size: int):
         super().__init__()
@@ -46,10 +47,8 @@ class VideoEncoder(nn.Module):
     def _encode(self, pixels: Tensor) -> Tensor:
         """(N, 3, S, S) -> (N, vision_dim)."""
         dtype = self.vision.patch_embed.weight.dtype
-        # sharded layers gather their weights in every call, of which all ranks must make as many
-        sharded = any(isinstance(layer, FSDPModule) for layer in self.vision.layers)
-        whole = torch.is_grad_enabled() or not has_values(pixels) or sharded
-        pieces = [pixels] if whole else pixels.split(FRAMES_AT_A_TIME)
+        whole = torch.is_grad_enabled() or not has_values(pixels) or self.frames_at_a_time is None
+        pieces = [pixels] if whole else pixels.split(self.frames_at_a_time)
         found = [self.vision((scale_frames(p) if p.dtype == torch.uint8 else p).to(dtype)) for p in pieces]
         return F.normalize(torch.cat(found), dim=-1)
 
