@@ -103,9 +103,7 @@ def forward(models: Pair) -> Iterator[Case]:
     }.items():
         seconds, pictures, tokens = lengths
         batch = {
-            "input_ids": torch.randint(
-                5, ours.config.text.vocab_size, (len(tokens), max(tokens)), device=models.device
-            ),
+            "input_ids": torch.randint(5, vocabulary, (len(tokens), max(tokens)), device=models.device),
             "attention_mask": _mask(models, tokens),
             "input_values": 0.1 * torch.randn(len(seconds), 1, max(seconds) * HOP, device=models.device),
             "padding_mask": _mask(models, [s * HOP for s in seconds]),

@@ -87,9 +87,7 @@ def loads(preset: str, repeats: int) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="large")
-    parser.add_argument(
-        "--folder", help="where two checkpoints fit; default: the system's temporary folder"
-    )
+    parser.add_argument("--folder", help="where two checkpoints fit; default: the system's temporary folder")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     if options.folder:
