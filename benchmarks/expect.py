@@ -7,20 +7,21 @@ embeddings (tests/test_expect.py compares both with a real step), and everything
 - ddp: a ring all-reduce of float32 gradients sends 2·(n−1)/n of them. fsdp: two all-gathers of the weights (forward,
   backward; half of it with parallel.shard_bf16) and a reduce-scatter of float32 gradients, (n−1)/n each.
 - ring loss: the right-hand embeddings of all pairings, each once, go round with their gradients: per rank n−1 messages
-  of both and one of gradients alone. Gathering all eight embeddings would send (n−1) messages of eight.
+  of both and one of gradients alone. Gathering would send n−1 messages of all eight embeddings, and as many back, of
+  their gradients.
 - time of a step: compute and communication one after the other, so an upper bound: training overlaps most of it.
 """
 
 import argparse
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from pe_av import PEAudioVideo, build_model
 from pe_av.config import HEADS, PAIRINGS
-from pe_av.config.compose import model_presets
 
 NODE = 8  # GPUs
 
@@ -46,8 +47,8 @@ def ring_bytes(rows: int, ranks: int, dim: int) -> int:
 
 
 def gather_bytes(rows: int, ranks: int, dim: int) -> int:
-    """What every rank would send to give all others all of its embeddings."""
-    return (ranks - 1) * rows * dim * 4 * len(HEADS)
+    """What every rank would send to give all others its embeddings, and to give back the gradients of theirs."""
+    return 2 * (ranks - 1) * rows * dim * 4 * len(HEADS)
 
 
 def weight_bytes(parameters: int, ranks: int, strategy: str, gathered: int = 4) -> float:
@@ -58,7 +59,7 @@ def weight_bytes(parameters: int, ranks: int, strategy: str, gathered: int = 4) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs="+", default=[p for p in model_presets() if p != "tiny"])
+    parser.add_argument("--presets", nargs="+", default=["small", "base", "large"])
     parser.add_argument("--preset", default="large", help="of the second and third table")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--clips", type=float, default=100e6, help="of the whole training")
@@ -67,8 +68,8 @@ def main() -> None:
     parser.add_argument("--gathered-bytes", type=int, default=2, help="of a weight; 2: parallel.shard_bf16")
     parser.add_argument("--tflops", type=float, default=989, help="peak of one GPU, dense bf16; 989: H100")
     parser.add_argument("--utilization", type=float, default=0.4, help="of that peak")
-    parser.add_argument("--inside", type=float, default=900, help="GB/s of a GPU to the others of its node")
-    parser.add_argument("--between", type=float, default=50, help="GB/s per GPU between nodes")
+    parser.add_argument("--inside", type=float, default=450, help="GB/s that a GPU sends in its node; 450: NVLink 4")
+    parser.add_argument("--between", type=float, default=50, help="GB/s that a GPU sends to other nodes; 50: 400 Gb/s")
     parser.add_argument("--dollars", type=float, default=2.5, help="per GPU and hour")
     parser.add_argument("--clip-megabytes", type=float, default=1.5, help="of a 10 s clip on the disk")
     parser.add_argument("--decoded", type=float, default=8.9, help="clips/s that one core decodes (loader_cpu.json)")
@@ -77,6 +78,7 @@ def main() -> None:
 
     table = Table(
         *("preset", "codec", "trained, forward", "training step", "clips/s per GPU", "GPU hours"),
+        box=box.MARKDOWN,
         title=f"TFLOP of a clip (10 s, 16 frames, 32 tokens), and {options.clips:,.0f} clips",
     )
     models = {preset: build_model(preset, "meta") for preset in dict.fromkeys([*options.presets, options.preset])}
@@ -95,10 +97,12 @@ def main() -> None:
     sent = f"{options.strategy}, GB"
     step = Table(
         *("GPUs", "global batch", sent, "ring loss, MB", "gathering, MB", "compute, s", "communication, s", "share"),
+        box=box.MARKDOWN,
         title=f"One step of {options.preset} with {rows} clips per GPU: what a GPU sends, and seconds",
     )
     run = Table(
         *("GPUs", "clips/s", "hours", "dollars", "GB/s per node read", "cores per node that decode"),
+        box=box.MARKDOWN,
         title=f"{options.clips:,.0f} clips with {options.preset}, if nothing overlaps",
     )
     for gpus in options.gpus:

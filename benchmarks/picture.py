@@ -58,13 +58,13 @@ def draw(path: Path, **how: object) -> None:
                 spread = [[max(value[0], 0)] for value in spread]
                 axes.errorbar(row["ratio"], place, xerr=spread, fmt="o", ms=5, capsize=2.5, lw=1.2,
                               color=COLOURS[row["device"]])  # fmt: skip
-                axes.annotate(f"{row['ratio']:.1f} ×", (row["highest_ratio"], place), (7, 0), "data", "offset points",
-                              va="center", fontsize=8)  # fmt: skip
+                right = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
+                axes.annotate(f"{row['ratio']:.1f} ×", (1, place), (8, 0), **right)
             place += 1
         axes.axvline(1, color=GREY, lw=1)
         axes.set_xscale("log")
         low = min(0.8, *(row["lowest_ratio"] for row in every)) / 1.1
-        high = max(2.0, *(row["highest_ratio"] for row in every)) * 1.3
+        high = max(2.0, *(row["highest_ratio"] for row in every)) * 1.1
         marks = [mark for mark in (0.25, 0.5, 1, 2, 3, 5, 10, 20, 50) if low <= mark <= high]
         axes.set_xticks(marks, [f"{mark:g}" for mark in marks])
         axes.set(xlim=(low, high), ylim=(place, -1))
