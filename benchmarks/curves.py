@@ -149,9 +149,9 @@ def draw(rows: list[dict], title: str, path: Path) -> None:
                                color=colour, label=label)  # fmt: skip
                 panel.set(xscale="log", yscale="log", ylabel=unit)
                 panel.set_title(f"{'time' if offset == 0 else 'memory'}: {row['of']}", fontsize=8)
-                if len(row["ours"]) < 6 and row["curve"] == "ranks":
+                if row["curve"] == "ranks":
                     panel.set_xticks([1, 2, 3, 4], ["1", "2", "3", "4"])
-                    panel.minorticks_off()
+                panel.minorticks_off()  # they would be most of the file
                 panel.grid(alpha=0.25, color=grey)
                 panel.legend(frameon=False, fontsize=7)
         figure.suptitle(title, fontsize=9)
