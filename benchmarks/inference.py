@@ -1,20 +1,18 @@
 """The cases in which ours and transformers' model are timed: codec, frames, text, audio transformer, whole forward.
 
-    python -m benchmarks inference [codec frames text audio forward startup] [--preset small] [--dtype bfloat16] …
+    python -m benchmarks inference [codec frames text audio forward] [--preset small] [--dtype bfloat16] …
 
 The peer computes in `--peer-dtype`, float32 unless said otherwise. Ragged batches are padded to their longest row, as
 both processors make them; ours is compared where the input is valid.
 """
 
 import argparse
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from benchmarks.peer import Case, Pair, compare, pair, report
+from benchmarks.peer import Case, Pair, compare, pair, report, their_audio, their_codec, their_frames, their_text
 from pe_av.device import pick_device
 
 HOP, RATE = 1920, 48_000
@@ -22,42 +20,40 @@ HOP, RATE = 1920, 48_000
 
 def codec(models: Pair) -> Iterator[Case]:
     """Waveform to latents. A padded row is another one in transformers, so ragged rows are compared one by one."""
-    ours, embedder = models.ours.audio.codec, models.theirs.audio_video_encoder.embedder.audio_encoder.embedder
+    ours, theirs = models.ours.audio.codec, models.theirs
     dtype = ours.to_mean.weight.dtype
-    theirs_dtype = embedder.bottleneck.weight.dtype
-
-    def theirs(waveform: Tensor) -> Tensor:
-        return embedder.bottleneck(embedder.dac_encoder(waveform.to(theirs_dtype))).transpose(1, 2)
-
     whole = _noise(models, 1, 10)
-    yield Case("10 s", lambda: ours(whole.to(dtype)), lambda: theirs(whole), tolerance=_tolerance(dtype))
+    yield Case("10 s", lambda: ours(whole.to(dtype)), lambda: their_codec(theirs, whole), tolerance=_tolerance(dtype))
     seconds = (1, 10, 30)
     ragged, mask = _noise(models, len(seconds), max(seconds)), _mask(models, [25 * s for s in seconds])
     # the last ten positions of a row hear the padding in transformers
     heard = _mask(models, [25 * s - 10 if s < max(seconds) else 25 * s for s in seconds], 25 * max(seconds))
     yield Case(
-        "3 clips of 1–30 s", lambda: ours(ragged.to(dtype), mask), lambda: theirs(ragged), heard, _tolerance(dtype)
+        "3 clips of 1–30 s",
+        lambda: ours(ragged.to(dtype), mask),
+        lambda: their_codec(theirs, ragged),
+        heard,
+        _tolerance(dtype),
     )
 
 
 def frames(models: Pair) -> Iterator[Case]:
     """Frames to features of unit length."""
-    tower, embedder = models.ours.video, models.theirs.audio_video_encoder.embedder.video_encoder.embedder
-    dtype, theirs_dtype = tower.proj.weight.dtype, embedder.proj.weight.dtype
-    size = tower.vision.image_size
-
-    def theirs(pixels: Tensor) -> Tensor:
-        logits = embedder.vision_model(pixels.flatten(0, 1).to(theirs_dtype)).logits
-        return torch.nn.functional.normalize(logits, dim=-1).view(*pixels.shape[:2], -1)
-
+    tower, theirs = models.ours.video, models.theirs
+    dtype, size = tower.proj.weight.dtype, tower.vision.image_size
     pixels = torch.rand(1, 4, 3, size, size, device=models.device) * 2 - 1
-    yield Case("4 frames", lambda: tower.encode(pixels.to(dtype)), lambda: theirs(pixels), tolerance=_tolerance(dtype))
+    yield Case(
+        "4 frames",
+        lambda: tower.encode(pixels.to(dtype)),
+        lambda: their_frames(theirs, pixels),
+        tolerance=_tolerance(dtype),
+    )
     ragged, lengths = torch.rand(4, 4, 3, size, size, device=models.device) * 2 - 1, (1, 2, 3, 4)
     mask = _mask(models, lengths)
     yield Case(
         "4 clips of 1–4 frames",
         lambda: tower.encode(ragged.to(dtype), mask),
-        lambda: theirs(ragged),
+        lambda: their_frames(theirs, ragged),
         mask,
         _tolerance(dtype),
     )
@@ -71,40 +67,27 @@ def text(models: Pair) -> Iterator[Case]:
         "32 captions of 5–200 tokens": torch.linspace(5, 200, 32).long().tolist(),
         "16 × 64": [64] * 16,
     }.items():
-        ids = torch.randint(5, 1000, (len(lengths), max(lengths)), device=models.device)
+        ids = torch.randint(5, ours.config.text.vocab_size, (len(lengths), max(lengths)), device=models.device)
         mask = _mask(models, lengths)
-
-        def first_tokens(ids: Tensor = ids, mask: Tensor = mask) -> Tensor:
-            return theirs.text_model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1][
-                :, 0
-            ]
-
         yield Case(
-            name, lambda ids=ids, mask=mask: ours.text(ids, mask)[0][:, 0], first_tokens, tolerance=_tolerance(dtype)
+            name,
+            lambda ids=ids, mask=mask: ours.text(ids, mask)[0][:, 0],
+            lambda ids=ids, mask=mask: their_text(theirs, ids, mask),
+            tolerance=_tolerance(dtype),
         )
 
 
 def audio(models: Pair) -> Iterator[Case]:
     """Codec features to the pooled output of the audio tower."""
-    tower, encoder = models.ours.audio, models.theirs.audio_video_encoder.embedder.audio_encoder
-    dtype, theirs_dtype = tower.data_proj.weight.dtype, encoder.embedder.data_proj.weight.dtype
-
-    def theirs(features: Tensor, mask: Tensor) -> Tensor:
-        # the encoder without its codec
-        forward, given = encoder.embedder.forward, encoder.embedder.data_proj(features.to(theirs_dtype))
-        encoder.embedder.forward = lambda *_, **__: (given, mask)
-        try:
-            return encoder(input_values=features, padding_mask=mask).pooler_output
-        finally:
-            encoder.embedder.forward = forward
-
+    tower, theirs = models.ours.audio, models.theirs
+    dtype = tower.data_proj.weight.dtype
     for name, lengths in {"8 clips of 1–10 s": [25, 50, 75, 100, 125, 175, 225, 250], "8 × 10 s": [250] * 8}.items():
         features = torch.randn(8, 250, tower.data_proj.in_features, device=models.device)
         mask = _mask(models, lengths)
         yield Case(
             name,
             lambda features=features, mask=mask: tower(features.to(dtype), mask)[0],
-            lambda features=features, mask=mask: theirs(features, mask),
+            lambda features=features, mask=mask: their_audio(theirs, features, mask),
             tolerance=_tolerance(dtype),
         )
 
@@ -113,12 +96,14 @@ def forward(models: Pair) -> Iterator[Case]:
     """Waveforms, frames and captions to all eight embeddings and six logits."""
     ours, theirs = models.ours, models.theirs
     dtype, size = ours.heads["audio"].proj.weight.dtype, ours.video.vision.image_size
-    ragged = ([25, 75, 150, 250], [1, 2, 3, 4], [5, 40, 100, 200])
-    for name, lengths in {"2 clips of 10 s, 4 frames, 64 tokens": ([250] * 2, [4] * 2, [64] * 2),
-                          "4 clips of 1–10 s, 1–4 frames, 5–200 tokens": ragged}.items():  # fmt: skip
+    vocabulary = ours.config.text.vocab_size
+    for name, lengths in {
+        "2 clips of 10 s, 16 frames, 64 tokens": ([250] * 2, [16] * 2, [64] * 2),
+        "4 clips of 1–10 s, 4–16 frames, 5–200 tokens": ([25, 75, 150, 250], [4, 8, 12, 16], [5, 40, 100, 200]),
+    }.items():
         seconds, pictures, tokens = lengths
         batch = {
-            "input_ids": torch.randint(5, 1000, (len(tokens), max(tokens)), device=models.device),
+            "input_ids": torch.randint(5, vocabulary, (len(tokens), max(tokens)), device=models.device),
             "attention_mask": _mask(models, tokens),
             "input_values": 0.1 * torch.randn(len(seconds), 1, max(seconds) * HOP, device=models.device),
             "padding_mask": _mask(models, [s * HOP for s in seconds]),
@@ -143,26 +128,6 @@ CASES: dict[str, Callable[[Pair], Iterator[Case]]] = {
 }
 
 
-def startup(repeats: int) -> list[dict]:
-    """Seconds of a new process that imports the package, beside one that imports torch alone."""
-    commands = {"import torch": "import torch", "import pe_av": "import pe_av", "import transformers' model": (
-        "from transformers import PeAudioVideoModel"
-    )}  # fmt: skip
-    import time
-
-    times: dict[str, list[float]] = {name: [] for name in commands}
-    for _ in range(repeats):
-        for name, code in commands.items():
-            started = time.perf_counter()
-            subprocess.run([sys.executable, "-c", code], check=True)
-            times[name].append(time.perf_counter() - started)
-    alone, ours, theirs = (sorted(found)[len(found) // 2] for found in times.values())
-    print(f"import torch {alone:.2f} s, import pe_av {ours:.2f} s ({ours - alone:+.2f}), transformers {theirs:.2f} s")
-    row = {"case": "import, beyond torch", "ours_seconds": ours - alone, "theirs_seconds": theirs - alone}
-    ratio = (theirs - alone) / max(ours - alone, 1e-3)
-    return [row | {"ratio": ratio, "lowest_ratio": ratio, "highest_ratio": ratio, "share_of_matmul": None}]
-
-
 def _noise(models: Pair, rows: int, seconds: int) -> Tensor:
     return 0.1 * torch.randn(rows, 1, seconds * RATE, device=models.device)
 
@@ -176,28 +141,29 @@ def _tolerance(dtype: torch.dtype) -> float:
     return 1e-4 if dtype == torch.float32 else 0.05
 
 
-def main(arguments: list[str]) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks inference", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("subjects", nargs="*", default=[*CASES, "startup"], choices=[*CASES, "startup"])
+    parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=f"of {', '.join(CASES)}; default: all")
     parser.add_argument("--preset", default="small")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32", help="of ours")
     parser.add_argument("--peer-dtype", default="float32")
     parser.add_argument("--repeats", type=int, default=3)
-    options = parser.parse_args(arguments)
+    parser.add_argument("--budget", type=float, default=60, help="seconds of a case after which no more repeats begin")
+    options = parser.parse_args()
+    subjects = options.subjects or list(CASES)
+    if unknown := set(subjects) - CASES.keys():
+        parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(CASES)}")
     device = pick_device(options.device)
     dtype, peer_dtype = getattr(torch, options.dtype), getattr(torch, options.peer_dtype)
     setting = {"preset": options.preset, "dtype": options.dtype, "peer_dtype": options.peer_dtype}
-    if "startup" in options.subjects:
-        report("startup", startup(options.repeats), {}, torch.device("cpu"))
-    subjects = [subject for subject in options.subjects if subject in CASES]
-    if subjects:
-        with pair(options.preset, device, dtype, peer_dtype) as models:
-            for subject in subjects:
-                rows = [compare(case, device, dtype, options.repeats) for case in CASES[subject](models)]
-                report(subject, rows, setting, device)
+    with pair(options.preset, device, dtype, peer_dtype) as models:
+        for subject in subjects:
+            cases = CASES[subject](models)
+            rows = [compare(case, device, dtype, options.repeats, options.budget) for case in cases]
+            report(subject, rows, setting, device)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
