@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from pe_av.model.fast_snake import EPSILON, snake
 from pe_av.model.packing import has_values
 
 BLOCK_VALUES = 2**20  # of a feature map that are computed at a time, so that they stay in the cache
@@ -24,10 +25,9 @@ class Snake(nn.Module):
         self.alpha = nn.Parameter(torch.ones(1, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return x + (self.alpha * x).sin().square() / (self.alpha + 1e-9)
-        sine = (self.alpha * x).sin_()
-        return torch.addcmul(x, sine.mul_(sine), 1 / (self.alpha + 1e-9))
+        if torch.compiler.is_compiling():  # the compiler fuses the plain formula
+            return x + (self.alpha * x).sin().square() / (self.alpha + EPSILON)
+        return snake(x, self.alpha)
 
 
 class ResidualUnit(nn.Module):
