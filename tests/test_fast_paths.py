@@ -62,7 +62,7 @@ def test_frames_in_pieces_and_without_padding(model: PEAudioVideo, monkeypatch: 
     pixels, mask = batch["pixel_values_videos"], batch["padding_mask_videos"]
     frames = pixels.flatten(0, 1)
     expected = torch.nn.functional.normalize(model.video.vision(frames), dim=-1).unflatten(0, mask.shape)
-    monkeypatch.setattr(video, "FRAMES_AT_A_TIME", at_a_time)
+    monkeypatch.setitem(video.FRAMES_AT_A_TIME, "cpu", at_a_time)
     counted = []
     monkeypatch.setattr(model.video.vision, "forward", _counting(model.video.vision.forward, counted))
     with torch.no_grad():
@@ -99,6 +99,42 @@ def test_the_codec_in_tiles_and_blocks(ratios: list[int], tile: int, block: int,
     assert relative_error(found[mask], expected[mask]) <= 1e-12
     if tile == 250 and ratios == [2, 8, 10, 12]:
         assert (len(calls) > 8) == (block == 3000)
+
+
+@pytest.mark.parametrize(("tiles", "padding"), [(8, 0.15), (8, 0.5), (1, 0.3)])
+def test_the_codec_on_rows_of_similar_lengths(tiles: int, padding: float, monkeypatch: pytest.MonkeyPatch):
+    """As a GPU encodes them: in few calls, some with padding; a row that is longer than all tiles is cut."""
+    encoder = randomize(CodecEncoder(2, [2, 8, 10, 12], 5, tile_positions=4)).double()
+    lengths = torch.tensor([13, 1, 9, 13, 40, 0, 12, 11, 3])
+    mask = torch.arange(40) < lengths[:, None]
+    waveform = torch.randn(9, 1, 40 * encoder.hop_length, dtype=torch.float64)
+    with torch.no_grad():
+        expected = encoder._encode(waveform, mask)
+        monkeypatch.setitem(codec.ROWS_TOGETHER, "cpu", (tiles, padding))
+        found = encoder(waveform, mask)
+    assert relative_error(found[mask], expected[mask]) <= 1e-12 and not found[~mask].any()
+
+
+def test_rows_that_are_encoded_together():
+    """Every row that is not empty once; within the bounds; and as few groups as a search over all cuts finds."""
+    random = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        lengths = torch.randint(0, 30, (int(torch.randint(1, 9, (), generator=random)),), generator=random).tolist()
+        groups = codec.rows_together(lengths, 60, 0.15)
+        assert sorted(sum(groups, [])) == [row for row, length in enumerate(lengths) if length]
+
+        def allowed(group: list[int]) -> bool:
+            size = max(group) * len(group)
+            return len(group) == 1 or (size <= 60 and size - sum(group) <= 0.15 * size)
+
+        assert all(allowed([lengths[row] for row in group]) for group in groups)
+        ordered = sorted((length for length in lengths if length), reverse=True)
+        fewest = [0] + [0] * len(ordered)
+        for end in range(1, len(ordered) + 1):
+            fewest[end] = min(fewest[start] + 1 for start in range(end) if allowed(ordered[start:end]))
+        assert len(groups) <= fewest[-1] + 1
+    assert codec.rows_together([250] * 32, 2000, 0.15) == [list(range(i, i + 8)) for i in range(0, 32, 8)]
+    assert codec.rows_together([5, 7, 5, 0, 9], 12, 0.0) == [[4], [1], [0, 2]]
 
 
 def test_shapes_alone_are_traced_as_before(model: PEAudioVideo):

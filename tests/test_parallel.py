@@ -40,7 +40,7 @@ def launch(ranks: int, work: Callable[..., None], *arguments: Any) -> None:
 def _rank(index: int, ranks: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(index), "WORLD_SIZE": str(ranks)}
-    video.FRAMES_AT_A_TIME = 2  # so that ranks would have different numbers of pieces, if they cut their frames
+    video.FRAMES_AT_A_TIME["cpu"] = 2  # so that ranks would have different numbers of pieces, if they cut their frames
     with process_group(torch.device("cpu"), timeout_minutes=1):
         work(*arguments)
 
