@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pe_av.model import codec, packing, video
 from pe_av.model.codec import CodecEncoder
 from pe_av.model.pe_audio_video import PEAudioVideo
-from pe_av.model.transformer import attend
+from pe_av.model.transformer import attend, use_attention
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +42,95 @@ def test_packed_rows_are_the_padded_ones(model: PEAudioVideo, monkeypatch: pytes
         assert relative_error(packed[name], value) <= 1e-9 or value.norm() < 1e-12, name
 
 
+def attention_of_rows(q, k, v, ends, ends_of_keys, longest, longest_keys, *, window_size) -> Tensor:
+    """What `varlen_attn` computes on a GPU, row by row from the formula: (T, H, d) each, as many heads in all."""
+    assert q.shape == k.shape == v.shape and ends.dtype == torch.int32 and ends[-1] == len(q)
+    assert torch.equal(ends, ends_of_keys) and longest == longest_keys == ends.diff().max()
+    out = []
+    for start, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+        scores = torch.einsum("qhd,khd->hqk", q[start:end], k[start:end]) * q.shape[-1] ** -0.5
+        offset = torch.arange(end - start) - torch.arange(end - start)[:, None]  # of a key from a query
+        left, right = (end if size == -1 else size for size in window_size)
+        weights = scores.masked_fill((offset < -left) | (offset > right), -torch.inf).softmax(-1)
+        out.append(torch.einsum("hqk,khd->qhd", weights, v[start:end]))
+    return torch.cat(out)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The way of a GPU, in float64 with the formula for its kernel; the windows of all calls."""
+    windows: list[tuple[int, int]] = []
+
+    def kernel(*arguments, window_size: tuple[int, int]) -> Tensor:
+        windows.append(window_size)
+        return attention_of_rows(*arguments, window_size=window_size)
+
+    monkeypatch.setattr(packing, "varlen_attn", kernel)
+    monkeypatch.setattr(packing, "flash_dtype", lambda x, head_dim: torch.float64)
+    return windows
+
+
+def test_packed_rows_of_a_gpu_are_the_padded_ones(
+    model: PEAudioVideo, as_on_a_gpu: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+):
+    """In text, audio, video and fusion, with ModernBERT's windows; also where all rows are of one length."""
+    for rows in (None, ((20, 7, 9),) * 3):
+        batch = in_double(random_batch(model.config) if rows is None else random_batch(model.config, rows))
+        as_on_a_gpu.clear()
+        packed = results(model, batch)
+        with monkeypatch.context() as padded_only:
+            padded_only.setattr(packing, "flash_dtype", lambda x, head_dim: None)
+            padded_only.setattr(packing, "MOST_VALID", 0.0)
+            padded = results(model, batch)
+        if rows is None:
+            reach = model.text.reach
+            windows = [(-1, -1) if layer.is_global else (reach, reach) for layer in model.text.layers[: model.text.nth]]
+            temporal = sum(len(part.layers) for part in (model.audio.transformer, model.video.transformer))
+            temporal += len(model.fusion.transformer.layers)
+            assert sorted(as_on_a_gpu) == sorted(windows + [(-1, -1)] * temporal)
+        for name, value in padded.items():
+            assert relative_error(packed[name], value) <= 1e-9 or value.norm() < 1e-12, name
+
+
+def test_what_a_gpu_leaves_padded(model: PEAudioVideo, as_on_a_gpu: list[tuple[int, int]]):
+    """Attention with dropout in training, other implementations of attention, and compiled blocks."""
+    mask, x, layers = torch.arange(5) < torch.tensor([[5], [2]]), torch.zeros(2, 5, 4), model.text.layers
+
+    def flash() -> bool:
+        found = packing.packing_of(mask, x, 8, layers)
+        return found is not None and found.flash is not None
+
+    assert flash()
+    layers[0].dropout = 0.1
+    assert flash()
+    layers.train()
+    assert not flash()
+    layers[0].dropout = 0.0
+    assert flash()
+    layers.eval()
+    for implementation in ("eager", "flex", "sdpa"):
+        use_attention(model, implementation)
+        assert flash() == (implementation == "sdpa")
+    layers[1]._compiled_call_impl = lambda *_: None
+    assert packing.packing_of(mask, x, 8, layers) is None
+    layers[1]._compiled_call_impl = None
+    assert not as_on_a_gpu
+
+
+@pytest.mark.parametrize("flash", [None, torch.float64])
 @pytest.mark.parametrize("reach", [None, 0, 1, 4, 100])
-def test_packed_attention_is_attention_under_a_mask(reach: int | None):
+def test_packed_attention_is_attention_under_a_mask(
+    reach: int | None, flash: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+):
+    """With two key and value heads for six query heads."""
+    monkeypatch.setattr(packing, "varlen_attn", attention_of_rows)
     lengths = [5, 1, 9, 3]
     mask = torch.arange(9) < torch.tensor(lengths)[:, None]
     q, k, v = (torch.randn(4, 6 if i == 0 else 2, 9, 8, dtype=torch.float64) for i in range(3))
     distance = (torch.arange(9)[:, None] - torch.arange(9)).abs()
     window = mask[:, None, None] & (distance <= (9 if reach is None else reach)) | (distance == 0)
     expected, _ = attend(q, k, v, window, "eager")
-    rows = packing.Packing(mask, lengths, reach)
+    rows = packing.Packing(mask, lengths, reach, flash)
     flat = [rows.pack(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v)]
     found = rows.unpack(attend(*flat, rows, "sdpa")[0].transpose(1, 2)).transpose(1, 2)
     assert relative_error(found[mask[:, None].expand(-1, 6, -1)], expected[mask[:, None].expand(-1, 6, -1)]) <= 1e-12

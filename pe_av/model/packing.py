@@ -1,8 +1,8 @@
 """Padded rows packed into one long sequence, in which each row attends to itself alone.
 
-Linear layers, norms and rotary embedding then compute valid positions only. On a CPU, where a single row keeps all cores
-busy, attention is computed row by row; on a GPU, in half precision, by flash attention for rows of different lengths. A
-GPU's host has to wait for the lengths, once per transformer and forward.
+Linear layers, norms and rotary embedding then compute valid positions only. On a CPU, where a single row keeps all
+cores busy, attention is computed row by row; on a GPU, in half precision, by flash attention for rows of different
+lengths. A GPU's host has to wait for the lengths, once per transformer and forward.
 """
 
 import functools
@@ -98,14 +98,15 @@ def packing_of(mask: Tensor, x: Tensor, head_dim: int, layers: Sequence[nn.Modul
     if not has_values(mask) or any(layer._compiled_call_impl is not None for layer in layers):
         return None
     attentions = [module for layer in layers for module in layer.modules() if hasattr(module, "implementation")]
-    if mask.device.type == "cpu":
-        lengths = mask.sum(1).tolist()
-        eager = any(module.implementation == "eager" for module in attentions)  # it returns padded weights
-        return None if eager or sum(lengths) >= MOST_VALID * mask.numel() else Packing(mask, lengths)
-    sdpa = all(module.implementation == "sdpa" for module in attentions)
+    kinds = {module.implementation for module in attentions}
     dropout = any(module.training and module.dropout for module in attentions)  # flash attention for rows has none
-    flash = None if not sdpa or dropout else flash_dtype(x, head_dim)
-    return None if flash is None else Packing(mask, mask.sum(1).tolist(), flash=flash)
+    flash = None if kinds != {"sdpa"} or dropout else flash_dtype(x, head_dim)
+    if flash is not None:
+        return Packing(mask, mask.sum(1).tolist(), flash=flash)
+    if mask.device.type != "cpu" or "eager" in kinds:  # eager attention returns padded weights
+        return None
+    lengths = mask.sum(1).tolist()
+    return Packing(mask, lengths) if sum(lengths) < MOST_VALID * mask.numel() else None
 
 
 def flash_dtype(x: Tensor, head_dim: int) -> torch.dtype | None:
