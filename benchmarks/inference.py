@@ -2,14 +2,16 @@
 
     python -m benchmarks inference [codec frames text audio forward startup] [--preset small] [--dtype bfloat16] …
 
-The peer computes in `--peer-dtype`, float32 unless said otherwise. Ragged batches are padded to their longest row, as
-both processors make them; ours is compared where the input is valid.
+The peer computes in `--peer-dtype`, float32 unless said otherwise; "autocast" keeps its weights in float32 and computes
+in bfloat16. `--compile` compiles our blocks. A GPU gets larger batches. Ragged batches are padded to their longest
+row, as both processors make them; ours is compared where the input is valid.
 """
 
 import argparse
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -29,14 +31,24 @@ def codec(models: Pair) -> Iterator[Case]:
     def theirs(waveform: Tensor) -> Tensor:
         return embedder.bottleneck(embedder.dac_encoder(waveform.to(theirs_dtype))).transpose(1, 2)
 
-    whole = _noise(models, 1, 10)
-    yield Case("10 s", lambda: ours(whole.to(dtype)), lambda: theirs(whole), tolerance=_tolerance(dtype))
-    seconds = (1, 10, 30)
+    gpu = models.device.type == "cuda"
+    whole = _noise(models, 32 if gpu else 1, 10)
+    yield Case(
+        "32 × 10 s" if gpu else "10 s",
+        lambda: ours(whole.to(dtype)),
+        lambda: theirs(whole),
+        tolerance=_tolerance(dtype),
+    )
+    seconds = torch.linspace(1, 10, 32).long().tolist() if gpu else (1, 10, 30)
     ragged, mask = _noise(models, len(seconds), max(seconds)), _mask(models, [25 * s for s in seconds])
     # the last ten positions of a row hear the padding in transformers
     heard = _mask(models, [25 * s - 10 if s < max(seconds) else 25 * s for s in seconds], 25 * max(seconds))
     yield Case(
-        "3 clips of 1–30 s", lambda: ours(ragged.to(dtype), mask), lambda: theirs(ragged), heard, _tolerance(dtype)
+        "32 clips of 1–10 s" if gpu else "3 clips of 1–30 s",
+        lambda: ours(ragged.to(dtype), mask),
+        lambda: theirs(ragged),
+        heard,
+        _tolerance(dtype),
     )
 
 
@@ -50,12 +62,19 @@ def frames(models: Pair) -> Iterator[Case]:
         logits = embedder.vision_model(pixels.flatten(0, 1).to(theirs_dtype)).logits
         return torch.nn.functional.normalize(logits, dim=-1).view(*pixels.shape[:2], -1)
 
-    pixels = torch.rand(1, 4, 3, size, size, device=models.device) * 2 - 1
-    yield Case("4 frames", lambda: tower.encode(pixels.to(dtype)), lambda: theirs(pixels), tolerance=_tolerance(dtype))
-    ragged, lengths = torch.rand(4, 4, 3, size, size, device=models.device) * 2 - 1, (1, 2, 3, 4)
+    clips, count = (16, 16) if models.device.type == "cuda" else (1, 4)
+    pixels = torch.rand(clips, count, 3, size, size, device=models.device) * 2 - 1
+    yield Case(
+        f"{clips * count} frames",
+        lambda: tower.encode(pixels.to(dtype)),
+        lambda: theirs(pixels),
+        tolerance=_tolerance(dtype),
+    )
+    lengths = list(range(1, count + 1))
+    ragged = torch.rand(count, count, 3, size, size, device=models.device) * 2 - 1
     mask = _mask(models, lengths)
     yield Case(
-        "4 clips of 1–4 frames",
+        f"{count} clips of 1–{count} frames",
         lambda: tower.encode(ragged.to(dtype), mask),
         lambda: theirs(ragged),
         mask,
@@ -67,9 +86,10 @@ def text(models: Pair) -> Iterator[Case]:
     """Token ids to the sequence that the text feature is taken from."""
     ours, theirs = models.ours, models.theirs
     dtype = ours.heads["audio"].proj.weight.dtype
+    ragged, whole = (256, 256) if models.device.type == "cuda" else (32, 16)
     for name, lengths in {
-        "32 captions of 5–200 tokens": torch.linspace(5, 200, 32).long().tolist(),
-        "16 × 64": [64] * 16,
+        f"{ragged} captions of 5–200 tokens": torch.linspace(5, 200, ragged).long().tolist(),
+        f"{whole} × 64": [64] * whole,
     }.items():
         ids = torch.randint(5, 1000, (len(lengths), max(lengths)), device=models.device)
         mask = _mask(models, lengths)
@@ -98,8 +118,12 @@ def audio(models: Pair) -> Iterator[Case]:
         finally:
             encoder.embedder.forward = forward
 
-    for name, lengths in {"8 clips of 1–10 s": [25, 50, 75, 100, 125, 175, 225, 250], "8 × 10 s": [250] * 8}.items():
-        features = torch.randn(8, 250, tower.data_proj.in_features, device=models.device)
+    times = 8 if models.device.type == "cuda" else 1
+    for name, lengths in {
+        f"{8 * times} clips of 1–10 s": [25, 50, 75, 100, 125, 175, 225, 250] * times,
+        f"{8 * times} × 10 s": [250] * 8 * times,
+    }.items():
+        features = torch.randn(8 * times, 250, tower.data_proj.in_features, device=models.device)
         mask = _mask(models, lengths)
         yield Case(
             name,
@@ -113,9 +137,11 @@ def forward(models: Pair) -> Iterator[Case]:
     """Waveforms, frames and captions to all eight embeddings and six logits."""
     ours, theirs = models.ours, models.theirs
     dtype, size = ours.heads["audio"].proj.weight.dtype, ours.video.vision.image_size
-    ragged = ([25, 75, 150, 250], [1, 2, 3, 4], [5, 40, 100, 200])
-    for name, lengths in {"2 clips of 10 s, 4 frames, 64 tokens": ([250] * 2, [4] * 2, [64] * 2),
-                          "4 clips of 1–10 s, 1–4 frames, 5–200 tokens": ragged}.items():  # fmt: skip
+    times = 8 if models.device.type == "cuda" else 1
+    ragged = ([25, 75, 150, 250] * times, [1, 2, 3, 4] * times, [5, 40, 100, 200] * times)
+    whole = ([250] * 2 * times, [4] * 2 * times, [64] * 2 * times)
+    for name, lengths in {f"{2 * times} clips of 10 s, 4 frames, 64 tokens": whole,
+                          f"{4 * times} clips of 1–10 s, 1–4 frames, 5–200 tokens": ragged}.items():  # fmt: skip
         seconds, pictures, tokens = lengths
         batch = {
             "input_ids": torch.randint(5, 1000, (len(tokens), max(tokens)), device=models.device),
@@ -172,6 +198,16 @@ def _mask(models: Pair, lengths: list[int] | tuple[int, ...], size: int | None =
     return torch.arange(size or int(lengths.max()), device=models.device) < lengths[:, None]
 
 
+def _autocast(case: Case, device: torch.device) -> Case:
+    """The case with the peer in bfloat16 wherever autocast chooses it."""
+
+    def theirs() -> Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            return case.theirs()
+
+    return replace(case, theirs=theirs)
+
+
 def _tolerance(dtype: torch.dtype) -> float:
     return 1e-4 if dtype == torch.float32 else 0.05
 
@@ -183,19 +219,25 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--preset", default="small")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32", help="of ours")
-    parser.add_argument("--peer-dtype", default="float32")
+    parser.add_argument("--peer-dtype", default="float32", help="or autocast")
+    parser.add_argument("--compile", action="store_true", help="our blocks")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args(arguments)
     device = pick_device(options.device)
-    dtype, peer_dtype = getattr(torch, options.dtype), getattr(torch, options.peer_dtype)
+    autocast = options.peer_dtype == "autocast"
+    dtype, peer_dtype = getattr(torch, options.dtype), torch.float32 if autocast else getattr(torch, options.peer_dtype)
     setting = {"preset": options.preset, "dtype": options.dtype, "peer_dtype": options.peer_dtype}
+    setting |= {"compiled": True} if options.compile else {}
     if "startup" in options.subjects:
         report("startup", startup(options.repeats), {}, torch.device("cpu"))
     subjects = [subject for subject in options.subjects if subject in CASES]
     if subjects:
         with pair(options.preset, device, dtype, peer_dtype) as models:
+            for block in models.ours.blocks() if options.compile else []:
+                block.compile(dynamic=True)
             for subject in subjects:
-                rows = [compare(case, device, dtype, options.repeats) for case in CASES[subject](models)]
+                cases = [_autocast(case, device) if autocast else case for case in CASES[subject](models)]
+                rows = [compare(case, device, dtype, options.repeats) for case in cases]
                 report(subject, rows, setting, device)
 
 

@@ -175,11 +175,14 @@ class CodecEncoder(nn.Module):
         lengths = [positions] * rows if position_mask is None else position_mask.sum(1).tolist()
         tiles, padding = ROWS_TOGETHER.get(waveform.device.type, (1, 0.0))
         latents = waveform.new_zeros(rows, positions, self.to_mean.out_channels)
-        for some in rows_together(lengths, tiles * self.tile_positions, padding):
-            longest = lengths[some[0]]
+        groups = rows_together(lengths, tiles * self.tile_positions, padding)
+        # to the GPU at once, as the host waits for every copy
+        chosen = torch.tensor(sum(groups, []), dtype=torch.long, device=waveform.device).split([len(g) for g in groups])
+        for group, some in zip(groups, chosen, strict=True):
+            longest = lengths[group[0]]
             part = waveform[some, :, : longest * hop]
-            if lengths[some[-1]] == longest:
-                encoded = self._encode_tiles(part, tiles * self.tile_positions // len(some))
+            if lengths[group[-1]] == longest:
+                encoded = self._encode_tiles(part, tiles * self.tile_positions // len(group))
             else:
                 mask = position_mask[some, :longest]
                 encoded = self._encode(part, mask) * mask[..., None]
