@@ -36,8 +36,8 @@ row = json.loads(input())
 print(*(f'{key} {row[key]:.4g}' for key in ('loss', 'gradient_norm', 'clips_per_second', 'memory_gb')))"
 }
 torchrun="python -m torch.distributed.run --standalone --nproc-per-node 1"
-no_dropout="model.audio.transformer.attention_dropout=0 model.video.transformer.attention_dropout=0
-    model.fusion.attention_dropout=0"
+no_dropout="model.audio.transformer.attention_dropout=0 model.video.transformer.attention_dropout=0"
+no_dropout+=" model.fusion.attention_dropout=0"
 
 declare -A COMMAND=(
     [tests]="pytest -m gpu --numprocesses 0 -q"

@@ -91,7 +91,9 @@ def text(models: Pair) -> Iterator[Case]:
         f"{ragged} captions of 5–200 tokens": torch.linspace(5, 200, ragged).long().tolist(),
         f"{whole} × 64": [64] * whole,
     }.items():
-        ids = torch.randint(5, 1000, (len(lengths), max(lengths)), device=models.device)
+        ids = torch.randint(
+            5, min(1000, ours.config.text.vocab_size), (len(lengths), max(lengths)), device=models.device
+        )
         mask = _mask(models, lengths)
 
         def first_tokens(ids: Tensor = ids, mask: Tensor = mask) -> Tensor:
@@ -137,14 +139,14 @@ def forward(models: Pair) -> Iterator[Case]:
     """Waveforms, frames and captions to all eight embeddings and six logits."""
     ours, theirs = models.ours, models.theirs
     dtype, size = ours.heads["audio"].proj.weight.dtype, ours.video.vision.image_size
-    times = 8 if models.device.type == "cuda" else 1
+    times, vocabulary = 8 if models.device.type == "cuda" else 1, min(1000, ours.config.text.vocab_size)
     ragged = ([25, 75, 150, 250] * times, [1, 2, 3, 4] * times, [5, 40, 100, 200] * times)
     whole = ([250] * 2 * times, [4] * 2 * times, [64] * 2 * times)
     for name, lengths in {f"{2 * times} clips of 10 s, 4 frames, 64 tokens": whole,
                           f"{4 * times} clips of 1–10 s, 1–4 frames, 5–200 tokens": ragged}.items():  # fmt: skip
         seconds, pictures, tokens = lengths
         batch = {
-            "input_ids": torch.randint(5, 1000, (len(tokens), max(tokens)), device=models.device),
+            "input_ids": torch.randint(5, vocabulary, (len(tokens), max(tokens)), device=models.device),
             "attention_mask": _mask(models, tokens),
             "input_values": 0.1 * torch.randn(len(seconds), 1, max(seconds) * HOP, device=models.device),
             "padding_mask": _mask(models, [s * HOP for s in seconds]),

@@ -59,7 +59,8 @@ def pair(preset: str, device: torch.device, dtype: torch.dtype, peer_dtype: torc
         del model
         convert(f"{folder}/native", f"{folder}/hf", "hf")
         theirs = PeAudioVideoModel.from_pretrained(f"{folder}/hf").to(device, peer_dtype).eval()
-        ours = load_model(f"{folder}/native", device, dtype)
+        # counting operations follows inputs of modules that require gradients, which inference mode cannot have
+        ours = load_model(f"{folder}/native", device, dtype).requires_grad_(False)
     gc.collect()
     yield Pair(ours, theirs, device)
 
