@@ -16,6 +16,7 @@ if [ "$DEVICE" = cpu ]; then
     # what a rehearsal measures is no result
     rm -rf "$LOGS/before" && cp -r benchmarks/results "$LOGS/before"
     trap 'rm -rf "$LOGS/results"; mv benchmarks/results "$LOGS/results"; mv "$LOGS/before" benchmarks/results' EXIT
+    trap 'exit 1' INT TERM
     DTYPE=float32 PRECISION=fp32 STEPS=2 BATCH=4 CLIPS="--most 2 --few 2 --repeats 1 --forms 'kept, eager' peer" PAIRS=256 REPEATS=1
 else
     DTYPE=bfloat16 PRECISION=bf16 STEPS=30 BATCH=64 CLIPS="--most 256 --repeats 3" PAIRS=32768 REPEATS=5
