@@ -2,12 +2,14 @@
 
     python -m benchmarks inference [codec frames text audio forward] [--preset small] [--dtype bfloat16] …
 
-The peer computes in `--peer-dtype`, float32 unless said otherwise. Ragged batches are padded to their longest row, as
-both processors make them; ours is compared where the input is valid.
+The peer computes in `--peer-dtype`, float32 unless said otherwise; "autocast" keeps its weights in float32 and computes
+in bfloat16. `--compile` compiles our blocks. A GPU gets larger batches. Ragged batches are padded to their longest
+row, as both processors make them; ours is compared where the input is valid.
 """
 
 import argparse
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,14 +24,20 @@ def codec(models: Pair) -> Iterator[Case]:
     """Waveform to latents. A padded row is another one in transformers, so ragged rows are compared one by one."""
     ours, theirs = models.ours.audio.codec, models.theirs
     dtype = ours.to_mean.weight.dtype
-    whole = _noise(models, 1, 10)
-    yield Case("10 s", lambda: ours(whole.to(dtype)), lambda: their_codec(theirs, whole), tolerance=_tolerance(dtype))
-    seconds = (1, 10, 30)
+    gpu = models.device.type == "cuda"
+    whole = _noise(models, 32 if gpu else 1, 10)
+    yield Case(
+        "32 × 10 s" if gpu else "10 s",
+        lambda: ours(whole.to(dtype)),
+        lambda: their_codec(theirs, whole),
+        tolerance=_tolerance(dtype),
+    )
+    seconds = torch.linspace(1, 10, 32).long().tolist() if gpu else (1, 10, 30)
     ragged, mask = _noise(models, len(seconds), max(seconds)), _mask(models, [25 * s for s in seconds])
     # the last ten positions of a row hear the padding in transformers
     heard = _mask(models, [25 * s - 10 if s < max(seconds) else 25 * s for s in seconds], 25 * max(seconds))
     yield Case(
-        "3 clips of 1–30 s",
+        "32 clips of 1–10 s" if gpu else "3 clips of 1–30 s",
         lambda: ours(ragged.to(dtype), mask),
         lambda: their_codec(theirs, ragged),
         heard,
@@ -41,17 +49,18 @@ def frames(models: Pair) -> Iterator[Case]:
     """Frames to features of unit length."""
     tower, theirs = models.ours.video, models.theirs
     dtype, size = tower.proj.weight.dtype, tower.vision.image_size
-    pixels = torch.rand(1, 4, 3, size, size, device=models.device) * 2 - 1
+    clips, count = (16, 16) if models.device.type == "cuda" else (1, 4)
+    pixels = torch.rand(clips, count, 3, size, size, device=models.device) * 2 - 1
     yield Case(
-        "4 frames",
+        f"{clips * count} frames",
         lambda: tower.encode(pixels.to(dtype)),
         lambda: their_frames(theirs, pixels),
         tolerance=_tolerance(dtype),
     )
-    ragged, lengths = torch.rand(4, 4, 3, size, size, device=models.device) * 2 - 1, (1, 2, 3, 4)
-    mask = _mask(models, lengths)
+    ragged = torch.rand(count, count, 3, size, size, device=models.device) * 2 - 1
+    mask = _mask(models, list(range(1, count + 1)))
     yield Case(
-        "4 clips of 1–4 frames",
+        f"{count} clips of 1–{count} frames",
         lambda: tower.encode(ragged.to(dtype), mask),
         lambda: their_frames(theirs, ragged),
         mask,
@@ -63,9 +72,10 @@ def text(models: Pair) -> Iterator[Case]:
     """Token ids to the sequence that the text feature is taken from."""
     ours, theirs = models.ours, models.theirs
     dtype = ours.heads["audio"].proj.weight.dtype
+    ragged, whole = (256, 256) if models.device.type == "cuda" else (32, 16)
     for name, lengths in {
-        "32 captions of 5–200 tokens": torch.linspace(5, 200, 32).long().tolist(),
-        "16 × 64": [64] * 16,
+        f"{ragged} captions of 5–200 tokens": torch.linspace(5, 200, ragged).long().tolist(),
+        f"{whole} × 64": [64] * whole,
     }.items():
         ids = torch.randint(5, ours.config.text.vocab_size, (len(lengths), max(lengths)), device=models.device)
         mask = _mask(models, lengths)
@@ -81,8 +91,12 @@ def audio(models: Pair) -> Iterator[Case]:
     """Codec features to the pooled output of the audio tower."""
     tower, theirs = models.ours.audio, models.theirs
     dtype = tower.data_proj.weight.dtype
-    for name, lengths in {"8 clips of 1–10 s": [25, 50, 75, 100, 125, 175, 225, 250], "8 × 10 s": [250] * 8}.items():
-        features = torch.randn(8, 250, tower.data_proj.in_features, device=models.device)
+    times = 8 if models.device.type == "cuda" else 1
+    for name, lengths in {
+        f"{8 * times} clips of 1–10 s": [25, 50, 75, 100, 125, 175, 225, 250] * times,
+        f"{8 * times} × 10 s": [250] * 8 * times,
+    }.items():
+        features = torch.randn(8 * times, 250, tower.data_proj.in_features, device=models.device)
         mask = _mask(models, lengths)
         yield Case(
             name,
@@ -96,12 +110,16 @@ def forward(models: Pair) -> Iterator[Case]:
     """Waveforms, frames and captions to all eight embeddings and six logits."""
     ours, theirs = models.ours, models.theirs
     dtype, size = ours.heads["audio"].proj.weight.dtype, ours.video.vision.image_size
-    vocabulary = ours.config.text.vocab_size
+    vocabulary, times = ours.config.text.vocab_size, 8 if models.device.type == "cuda" else 1
     for name, lengths in {
-        "2 clips of 10 s, 16 frames, 64 tokens": ([250] * 2, [16] * 2, [64] * 2),
-        "4 clips of 1–10 s, 4–16 frames, 5–200 tokens": ([25, 75, 150, 250], [4, 8, 12, 16], [5, 40, 100, 200]),
+        f"{2 * times} clips of 10 s, 16 frames, 64 tokens": ([250] * 2, [16] * 2, [64] * 2),
+        f"{4 * times} clips of 1–10 s, 4–16 frames, 5–200 tokens": (
+            [25, 75, 150, 250],
+            [4, 8, 12, 16],
+            [5, 40, 100, 200],
+        ),
     }.items():
-        seconds, pictures, tokens = lengths
+        seconds, pictures, tokens = (one * times for one in lengths)
         batch = {
             "input_ids": torch.randint(5, vocabulary, (len(tokens), max(tokens)), device=models.device),
             "attention_mask": _mask(models, tokens),
@@ -141,6 +159,16 @@ def _tolerance(dtype: torch.dtype) -> float:
     return 1e-4 if dtype == torch.float32 else 0.05
 
 
+def _autocast(case: Case, device: torch.device) -> Case:
+    """The same, with the peer under bfloat16 autocast."""
+
+    def theirs() -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return case.theirs()
+
+    return replace(case, theirs=theirs)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks inference", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -148,7 +176,8 @@ def main() -> None:
     parser.add_argument("--preset", default="small")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32", help="of ours")
-    parser.add_argument("--peer-dtype", default="float32")
+    parser.add_argument("--peer-dtype", default="float32", help="or autocast")
+    parser.add_argument("--compile", action="store_true", help="our blocks")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--budget", type=float, default=60, help="seconds of a case after which no more repeats begin")
     options = parser.parse_args()
@@ -156,11 +185,15 @@ def main() -> None:
     if unknown := set(subjects) - CASES.keys():
         parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(CASES)}")
     device = pick_device(options.device)
-    dtype, peer_dtype = getattr(torch, options.dtype), getattr(torch, options.peer_dtype)
+    autocast = options.peer_dtype == "autocast"
+    dtype, peer_dtype = getattr(torch, options.dtype), torch.float32 if autocast else getattr(torch, options.peer_dtype)
     setting = {"preset": options.preset, "dtype": options.dtype, "peer_dtype": options.peer_dtype}
+    setting |= {"compiled": True} if options.compile else {}
     with pair(options.preset, device, dtype, peer_dtype) as models:
+        for block in models.ours.blocks() if options.compile else []:
+            block.compile(dynamic=True)
         for subject in subjects:
-            cases = CASES[subject](models)
+            cases = (_autocast(case, device) if autocast else case for case in CASES[subject](models))
             rows = [compare(case, device, dtype, options.repeats, options.budget) for case in cases]
             report(subject, rows, setting, device)
 

@@ -328,7 +328,8 @@ def _ring(plan: _Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[
     if plan.world > 1:
         dist.all_reduce(positives, group=plan.group)
     share = torch.where(positives > 0, 1 / positives, 0)  # (pairings,) 1/N
-    weights = share * share.new_tensor([pairing.weight for pairing in plan.pairings])
+    # one multiplication each, as a list would be copied to the GPU, and the host would wait for that
+    weights = torch.stack([one * pairing.weight for one, pairing in zip(share, plan.pairings, strict=True)])
 
     if plan.world > 1:
         messages = _Messages(plan, own, device)

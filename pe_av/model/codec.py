@@ -2,7 +2,8 @@
 
 A frozen codec, as it nearly always is, encodes every row without its padding, in tiles that bound the memory, and
 each stage of a tile in blocks that fit into the processor's cache. Tiles and blocks overlap by the receptive field of
-their convolutions, so the latents are those of the whole waveform. A codec that learns encodes padded batches at once.
+their convolutions, so the latents are those of the whole waveform. A GPU, which one row does not fill, encodes rows of
+similar lengths together. A codec that learns encodes padded batches at once.
 """
 
 import math
@@ -11,9 +12,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from pe_av.model.fast_snake import EPSILON, snake
 from pe_av.model.packing import has_values
 
 BLOCK_VALUES = 2**20  # of a feature map that are computed at a time, so that they stay in the cache
+# by type of device: the tiles that are encoded at a time, and the share of them that may be padding. On a GPU, eight
+# tiles of ten seconds take 4 GB in float32, and a launch costs as much as a little padding.
+ROWS_TOGETHER = {"cpu": (1, 0.0), "cuda": (8, 0.15)}
 
 
 class Snake(nn.Module):
@@ -24,10 +29,9 @@ class Snake(nn.Module):
         self.alpha = nn.Parameter(torch.ones(1, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return x + (self.alpha * x).sin().square() / (self.alpha + 1e-9)
-        sine = (self.alpha * x).sin_()
-        return torch.addcmul(x, sine.mul_(sine), 1 / (self.alpha + 1e-9))
+        if torch.compiler.is_compiling():  # the compiler fuses the plain formula
+            return x + (self.alpha * x).sin().square() / (self.alpha + EPSILON)
+        return snake(x, self.alpha)
 
 
 class ResidualUnit(nn.Module):
@@ -166,24 +170,33 @@ class CodecEncoder(nn.Module):
             return self._encode_rows(waveform, position_mask)
 
     def _encode_rows(self, waveform: Tensor, position_mask: Tensor | None) -> Tensor:
-        """Every row without its padding; rows of the same length together, as many as one tile has positions for."""
-        rows, positions = len(waveform), waveform.shape[-1] // self.hop_length
+        """Rows of the same or of similar lengths together, the others alone; positions past a row's end stay zero."""
+        rows, positions, hop = len(waveform), waveform.shape[-1] // self.hop_length, self.hop_length
         lengths = [positions] * rows if position_mask is None else position_mask.sum(1).tolist()
+        tiles, padding = ROWS_TOGETHER.get(waveform.device.type, (1, 0.0))
         latents = waveform.new_zeros(rows, positions, self.to_mean.out_channels)
-        for length in dict.fromkeys(length for length in lengths if length):
-            alike, count = [row for row in range(rows) if lengths[row] == length], max(1, self.tile_positions // length)
-            for some in (alike[start : start + count] for start in range(0, len(alike), count)):
-                latents[some, :length] = self._encode_tiles(waveform[some, :, : length * self.hop_length]).to(latents)
+        groups = rows_together(lengths, tiles * self.tile_positions, padding)
+        # to the GPU at once, as the host waits for every copy
+        chosen = torch.tensor(sum(groups, []), dtype=torch.long, device=waveform.device).split([len(g) for g in groups])
+        for group, some in zip(groups, chosen, strict=True):
+            longest = lengths[group[0]]
+            part = waveform[some, :, : longest * hop]
+            if lengths[group[-1]] == longest:
+                encoded = self._encode_tiles(part, tiles * self.tile_positions // len(group))
+            else:
+                mask = position_mask[some, :longest]
+                encoded = self._encode(part, mask) * mask[..., None]
+            latents[some, :longest] = encoded.to(latents)
         return latents
 
-    def _encode_tiles(self, waveform: Tensor) -> Tensor:
-        """Rows without padding, a tile with its halo at a time."""
+    def _encode_tiles(self, waveform: Tensor, tile: int) -> Tensor:
+        """Rows without padding, so many positions and their halo at a time."""
         positions, halo, hop = waveform.shape[-1] // self.hop_length, self.halo_positions, self.hop_length
         tiles = []
-        for start in range(0, positions, self.tile_positions):
-            first, last = max(start - halo, 0), start + self.tile_positions + halo
+        for start in range(0, positions, tile):
+            first, last = max(start - halo, 0), start + tile + halo
             latents = self._encode_blocks(waveform[..., first * hop : last * hop])
-            tiles.append(latents[:, start - first : start - first + self.tile_positions])
+            tiles.append(latents[:, start - first : start - first + tile])
         return torch.cat(tiles, dim=1)
 
     def _encode_blocks(self, waveform: Tensor) -> Tensor:
@@ -195,7 +208,7 @@ class CodecEncoder(nn.Module):
         return self.to_mean(self.conv_out(self.snake(x))).transpose(1, 2)
 
     def _encode(self, waveform: Tensor, position_mask: Tensor | None) -> Tensor:
-        """The padded batch in one piece, for gradients.
+        """The padded batch in one piece.
 
         Everything past a row's valid positions is zeroed before every convolution, which is exactly what a convolution
         sees beyond the end of an unpadded clip.
@@ -207,6 +220,24 @@ class CodecEncoder(nn.Module):
             x = stage(x, _repeated(valid, rate))
             rate //= stage.down.stride[0]
         return self.to_mean(self.conv_out(_masked(self.snake(x), valid))).transpose(1, 2)
+
+
+def rows_together(lengths: list[int], most_positions: int, most_padding: float) -> list[list[int]]:
+    """Which rows to encode together: rows that are not empty, the longest of a group first.
+
+    A group has at most `most_positions`, padding included, of which at most the share `most_padding` is padding; a row
+    that is longer is alone.
+    """
+    groups: list[list[int]] = []
+    for row in sorted((row for row, length in enumerate(lengths) if length), key=lambda row: -lengths[row]):
+        if groups:
+            size = lengths[groups[-1][0]] * (len(groups[-1]) + 1)
+            padding = size - sum(lengths[other] for other in groups[-1]) - lengths[row]
+            if size <= most_positions and padding <= most_padding * size:
+                groups[-1].append(row)
+                continue
+        groups.append([row])
+    return groups
 
 
 def _in_blocks(encode: Callable[[Tensor], Tensor], x: Tensor, stage: Stage, reach: int = 0) -> Tensor:

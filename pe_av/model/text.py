@@ -128,7 +128,7 @@ class ModernBERT(nn.Module):
             # padding far from every valid token attends to itself, because a softmax over no keys is NaN
             window = window & (everything | (distance == 0))
         masks: dict[bool, Tensor | Packing | None] = {True: everything, False: window}
-        packing = None if mask is None else packing_of(mask, self.layers)
+        packing = None if mask is None else packing_of(mask, x, self.head_dim, self.layers[: self.nth])
         if packing is not None:
             x, angles = packing.pack(x), {kind: packing.pack(a[None])[0] for kind, a in angles.items()}
             masks = {True: packing, False: replace(packing, reach=self.reach)}

@@ -40,6 +40,8 @@ def attend(
     Returns:
         output (B, H, T, d), and the weights (B, H, T, S) if "eager", else None.
     """
+    if isinstance(mask, Packing) and mask.flash is not None:
+        return mask.flash_attention(q, k, v), None
     if isinstance(mask, Packing):
         rows = [[x[:, :, span] for x in (q, k, v)] for span in mask.spans()]
         outputs = [attend(*row, mask.row_mask(row[0].shape[2]), implementation, dropout)[0] for row in rows]
@@ -258,7 +260,7 @@ class TemporalTransformer(nn.Module):
 
         angles = rotary_angles(self.rope, self.head_dim, length, full_mask.sum(1), self.max_position)
         attend_to: Tensor | Packing | None = None if mask is None else full_mask[:, None, None]
-        packing = None if mask is None else packing_of(full_mask, self.layers)
+        packing = None if mask is None else packing_of(full_mask, x, self.head_dim, self.layers)
         if packing is not None:
             x, angles, attend_to = packing.pack(x), packing.pack(angles), packing
         weights = []

@@ -17,8 +17,9 @@ def scale_frames(frames: Tensor) -> Tensor:
 class VideoEncoder(nn.Module):
     """`encode`: frames -> frame features; `forward`: frame features (B, F, vision_dim) -> pooled and sequence."""
 
-    # Where no gradient is needed; a thousand frames then take no more memory than these. None: all at once, for layers
-    # that are sharded, which gather their weights in every call, of which all ranks must make as many.
+    # Where no gradient is needed; a thousand frames then take no more memory than these. A GPU, to which kernels for so
+    # few are no more work than launching them, takes eight times as many. None: all at once, for layers that are
+    # sharded, which gather their weights in every call, of which all ranks must make as many.
     frames_at_a_time: int | None = 32
 
     def __init__(self, vision: VisionTransformer, transformer: TemporalTransformer, vision_dim: int, hidden_size: int):
@@ -41,14 +42,15 @@ class VideoEncoder(nn.Module):
         size, mask = pixel_values_videos.shape[:2], padding_mask_videos
         if mask is None or not has_values(mask):
             return self._encode(pixels).unflatten(0, size)
-        features = self._encode(pixels[mask.flatten()])
-        return features.new_zeros(*size, features.shape[-1]).index_put((mask,), features)
+        valid = mask.flatten().nonzero()[:, 0]  # a host waits for a GPU here, once
+        features = self._encode(pixels[valid])
+        return features.new_zeros(len(pixels), features.shape[-1]).index_copy(0, valid, features).unflatten(0, size)
 
     def _encode(self, pixels: Tensor) -> Tensor:
         """(N, 3, S, S) -> (N, vision_dim)."""
         dtype = self.vision.patch_embed.weight.dtype
         whole = torch.is_grad_enabled() or not has_values(pixels) or self.frames_at_a_time is None
-        pieces = [pixels] if whole else pixels.split(self.frames_at_a_time)
+        pieces = [pixels] if whole else pixels.split(self.frames_at_a_time * (8 if pixels.is_cuda else 1))
         found = [self.vision((scale_frames(p) if p.dtype == torch.uint8 else p).to(dtype)) for p in pieces]
         return F.normalize(torch.cat(found), dim=-1)
 

@@ -41,7 +41,7 @@ def parallelize(model: nn.Module, embedder: nn.Module, config: ParallelConfig, d
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if config.compile:
             block.compile(dynamic=True)
-    if world_size() == 1:
+    if not dist.is_initialized():  # a single rank that torchrun started shows how its strategy will do with many
         return embedder
     if config.strategy == "fsdp":
         return _with_fsdp(model, embedder, config, device)

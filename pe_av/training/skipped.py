@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -13,13 +14,14 @@ MOST_SKIPPED = 10  # in a row, before a run gives up
 
 
 class SkippedSteps:
-    """Finds out which steps were skipped, each one step late: by then the device has long finished it, and reading its
-    result makes nobody wait."""
+    """Finds out which steps were skipped, each one step late: by then the device has finished it while it computes the
+    next, and reading its result makes nobody wait."""
 
     def __init__(self, folder: Path, console: Console):
         self.folder, self.console = folder, console
         self.in_a_row = 0
-        self._unread: tuple[int, dict[str, Tensor], Tensor, list[str]] | None = None
+        # step, its figures on their way to the host, the event of their arrival, ids
+        self._unread: tuple[int, Tensor, torch.cuda.Event | None, list[str]] | None = None
 
     def add(self, step: int, row: dict[str, Tensor], skip: Tensor, ids: list[str]) -> None:
         """Note a step, and read the one before it.
@@ -30,8 +32,14 @@ class SkippedSteps:
         Raises:
             ConfigError: see `read`.
         """
+        # Copied now: `item()` on the device one step later would wait for all that has been launched by then.
+        values = torch.stack([value.float() for value in (skip, row["loss"], row["gradient_norm"])])
+        copied, arrived = values.to("cpu", non_blocking=True), None
+        if values.is_cuda:
+            arrived = torch.cuda.Event()
+            arrived.record()
         self.read()
-        self._unread = step, row, skip, ids
+        self._unread = step, copied, arrived, ids
 
     def read(self) -> None:
         """Look at the step that was noted last. Every rank comes to the same result at the same time.
@@ -41,12 +49,14 @@ class SkippedSteps:
         """
         if self._unread is None:
             return
-        (step, row, skip, ids), self._unread = self._unread, None
-        if not skip.item():
+        (step, values, arrived, ids), self._unread = self._unread, None
+        if arrived is not None:
+            arrived.synchronize()
+        skip, loss, norm = values.tolist()
+        if not skip:
             self.in_a_row = 0
             return
         self.in_a_row += 1
-        loss, norm = row["loss"].item(), row["gradient_norm"].item()
         everyone = sum(of_all_ranks(ids), [])
         path = self.folder / "skipped.jsonl"
         if rank() == 0:
