@@ -246,6 +246,7 @@ def test_importing_the_package_imports_little_beyond_torch():
     heavy = [
         "torch._dynamo",
         "torch._inductor",
+        "triton",
         "torch.distributed.fsdp",
         "torchvision",
         "hydra",

@@ -156,10 +156,10 @@ def test_the_codec_on_ragged_rows(trainable: bool):
         found[mask.to(GPU)].square().sum().backward()
         for (name, p), q in zip(right.named_parameters(), codec.parameters(), strict=True):
             assert relative_error(q.grad.cpu(), p.grad) <= 0.05, name
-    else:
-        assert (
-            relative_error(codec.bfloat16()(waveform.to(GPU).bfloat16(), mask.to(GPU)).cpu()[mask], exact[mask]) < 0.1
-        )
+    else:  # in bfloat16 no worse than the padded batch
+        codec, waveform, mask = codec.bfloat16(), waveform.to(GPU).bfloat16(), mask.to(GPU)
+        rows, padded = (encode(waveform, mask)[mask].cpu() for encode in (codec, codec._encode))
+        assert relative_error(rows, exact[mask.cpu()]) <= 1.5 * relative_error(padded, exact[mask.cpu()])
 
 
 class Steps:
