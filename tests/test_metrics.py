@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics.retrieval import RetrievalHitRate, RetrievalMRR, RetrievalRecall
 
 from pe_av.config import PAIRINGS
-from pe_av.evaluation.metrics import DIRECTIONS, evaluate_embeddings, retrieval_metrics, retrieval_ranks
+from pe_av.evaluation.figures import retrieval_metrics
+from pe_av.evaluation.metrics import DIRECTIONS, evaluate_embeddings
+from pe_av.evaluation.ranking import DotProducts, others_at_or_above, retrieval_ranks
 from pe_av.evaluation.report import plot_losses, plot_similarity, print_table, write_metrics
 
 # the public contract, written out by hand
@@ -169,6 +171,7 @@ def test_metrics_by_hand():
         "MedR": 8.0,
         "MeanR": pytest.approx(53 / 6),
         "MRR": pytest.approx((1 + 1 / 5 + 1 / 6 + 1 / 10 + 1 / 11 + 1 / 20) / 6),
+        "mAP@10": pytest.approx(100 * (1 + 1 / 5 + 1 / 6 + 1 / 10) / 6),
         "queries": 6,
         "gallery": 20,
     }
@@ -192,13 +195,6 @@ def test_an_item_ties_with_its_copies_and_beats_the_rest():
     assert ranks.tolist() == [3] * 10 + [2] * 30
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64, 100, 1000])
-def test_the_chunk_size_changes_no_rank(chunk: int):
-    queries, gallery = noisy_pairs(100, width=12, noise=3.0)
-    target = torch.randperm(100)
-    assert torch.equal(retrieval_ranks(queries, gallery, target, chunk), retrieval_ranks(queries, gallery, target))
-
-
 def test_the_whole_score_matrix_never_exists():
     class Largest(TorchDispatchMode):
         size = 0
@@ -209,10 +205,24 @@ def test_the_whole_score_matrix_never_exists():
                 self.size = max(self.size, tensor.numel() if isinstance(tensor, Tensor) else 0)
             return result
 
-    queries, gallery = torch.randn(500, 8), torch.randn(400, 8)
+    queries, gallery = torch.randn(1500, 4), torch.randn(400, 4)
     with Largest() as largest:
-        retrieval_ranks(queries, gallery, torch.randint(400, (500,)), chunk=10)
-    assert largest.size == 500 * 8  # the embeddings themselves; the scores are 10 × 400
+        others_at_or_above(DotProducts(queries, gallery), torch.randint(400, (1500, 1)), query_block=30, item_block=100)
+    assert (
+        largest.size <= 400 * 2 * 2 * 4
+    )  # 32-bit halves of the elements, to find equal items; the scores are 30 × 100
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_reduced_precision_of_products_does_not_blur_the_ranks(precision: str):
+    queries, gallery = noisy_pairs(200, width=64, noise=3.0)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        ranks = retrieval_ranks(queries, gallery)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert ranks.tolist() == brute_force_ranks(queries, gallery, torch.arange(200)).tolist()
 
 
 def test_half_precision_and_autocast_do_not_blur_the_ranks():

@@ -1,17 +1,23 @@
-"""Zero-shot retrieval: the rank of every query's true item in a gallery, and the recalls that follow from the ranks.
+"""Zero-shot retrieval in every direction, by one of three protocols.
 
 A clip may have several captions, and a caption several clips. Every different caption is in the gallery once and is a
 query once, and the rank of a query is that of the best of its true items. So five captions per clip are evaluated as is
 usual, and where the captions are labels, R@1 of audio->text is the accuracy of zero-shot classification.
+
+The protocols differ in the score of a pair:
+
+- "dot": the dot product, which the model was trained on.
+- "cosine": the cosine.
+- "reweighted": that of the original repository's evaluation, which published figures come from (`ranking.Reweighted`).
+  There a caption of n clips is n queries and stands in the gallery n times, each with all n clips as true items.
 """
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pe_av.config import PAIRINGS
-from pe_av.ranks import rank, world_size
+from pe_av.evaluation.figures import average_precision_at_10, retrieval_metrics
+from pe_av.evaluation.ranking import DotProducts, Reweighted, checked_target, distinct_targets, others_at_or_above
 
 EMBEDDINGS = tuple(dict.fromkeys(name for pairing in PAIRINGS.values() for name in pairing))
 
@@ -29,101 +35,14 @@ DIRECTIONS: dict[str, tuple[str, str]] = {
 }
 
 
-@torch.no_grad()
-def retrieval_ranks(
-    queries: Tensor, gallery: Tensor, target: Tensor | None = None, chunk: int = 1024, shared: bool = False
-) -> Tensor:
-    """The 1-based rank of each query's true item in the gallery, sorted by dot product.
-
-    Items with the score of the true one are ranked before it, so that a collapsed model, which gives all items the same
-    embedding, gets the last rank and not the first.
-
-    Args:
-        queries: (Q, D), any floating type and device.
-        gallery: (G, D), on the same device.
-        target: (Q,) index in the gallery of each query's true item, or (Q, M), padded with -1, of its true items: the
-            rank is that of the best of them among the other items. None: item i is true for query i.
-        chunk: queries scored at a time; memory grows with chunk × G, not with Q × G.
-        shared: all ranks call this with the same arguments and share the chunks.
-    Returns:
-        (Q,) int64 ranks, 1 … G.
-    Raises:
-        ValueError: embeddings are not finite, shapes do not match, or a target is outside the gallery.
-    """
-    if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
-        raise ValueError(f"queries {tuple(queries.shape)} and gallery {tuple(gallery.shape)} are not (Q, D) and (G, D)")
-    for side, embeds in (("queries", queries), ("gallery", gallery)):
-        bad = (~embeds.isfinite()).any(1).nonzero().flatten().tolist()
-        if bad:
-            raise ValueError(
-                f"{side}: {len(bad)} of {len(embeds)} embeddings are NaN or infinite, first at row {bad[0]}"
-            )
-    if target is None:
-        if len(queries) != len(gallery):
-            raise ValueError(f"{len(queries)} queries for {len(gallery)} gallery items need a target for each query")
-        target = torch.arange(len(queries))
-    elif target.ndim not in (1, 2) or target.shape[:1] != queries.shape[:1]:
-        raise ValueError(f"target {tuple(target.shape)} is not (Q,) or (Q, M), with Q = {len(queries)} queries")
-    if not len(queries):
-        return torch.empty(0, dtype=torch.int64, device=queries.device)
-    target = target.to(queries.device, torch.int64).reshape(len(queries), -1)
-    any_true = target.amax(1, keepdim=True)  # one true item of each query, which takes the place of the padding
-    if int(any_true.min()) < 0 or int(any_true.max()) >= len(gallery) or int(target.min()) < -1:
-        raise ValueError(f"target holds {int(target.min())} … {int(target.max())}, outside 0 … {len(gallery) - 1}")
-    target = target.where(target >= 0, any_true)
-
-    # float64: autocast and TF32 do not touch it, and rounding can only reorder scores that agree to 15 digits
-    queries = queries.double()
-    # each distinct item is scored once, since a matrix product may round equal columns differently and they must tie
-    distinct, item = gallery.double().unique(dim=0, return_inverse=True)
-    ranks = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
-    starts = range(0, len(queries), chunk)
-    for start in starts[rank() :: world_size()] if shared else starts:
-        rows = slice(start, start + chunk)
-        scores = (queries[rows] @ distinct.T)[:, item]  # (chunk, G)
-        best = scores.gather(1, target[rows]).amax(1, keepdim=True)
-        scores.scatter_(1, target[rows], -torch.inf)
-        ranks[rows] = 1 + (scores >= best).sum(1)
-    if shared and world_size() > 1:
-        dist.all_reduce(ranks)  # each query's rank is zero except on the process that has computed it
-    return ranks
-
-
-def retrieval_metrics(ranks: Tensor, gallery_size: int, true_items: float = 1.0) -> dict[str, float | int]:
-    """The figures of one direction, as plain numbers for JSON.
-
-    Args:
-        ranks: (Q,) 1-based ranks, at least one.
-        gallery_size: number of items that each query was compared with.
-        true_items: how many of them are true for a query, on average.
-    Returns:
-        R@1, R@5, R@10 (percent of queries with a true item among the first k), chance (R@1 of a guess), MedR and MeanR
-        (median and mean rank), MRR (mean of 1 / rank), queries and gallery (their numbers).
-    Raises:
-        ValueError: there are no ranks, or one is outside 1 … gallery_size.
-    """
-    values = ranks.cpu().numpy()
-    if not len(values):
-        raise ValueError("no ranks: a direction without queries has no recall")
-    if not 1 <= values.min() <= values.max() <= gallery_size:
-        raise ValueError(f"ranks {values.min()} … {values.max()} are outside 1 … {gallery_size}, the gallery's size")
-    recalls = {f"R@{k}": 100 * float((values <= k).mean()) for k in (1, 5, 10)}
-    return recalls | {
-        "chance": 100 * true_items / gallery_size,
-        "MedR": float(np.median(values)),
-        "MeanR": float(values.mean()),
-        "MRR": float((1 / values).mean()),
-        "queries": len(values),
-        "gallery": gallery_size,
-    }
-
-
 def evaluate_embeddings(
     embeds: dict[str, Tensor],
     valid: dict[str, Tensor] | None = None,
     texts: dict[str, Tensor] | None = None,
     captions: Tensor | None = None,
     shared: bool = False,
+    protocol: str = "dot",
+    intervals: bool = False,
 ) -> dict[str, dict[str, float | int]]:
     """Retrieval in every direction of which both embeddings are given.
 
@@ -135,6 +54,8 @@ def evaluate_embeddings(
             whose embeddings are in `embeds`.
         captions: with `texts`, (N, M) int64, which of the T texts are captions of each clip, padded with -1.
         shared: all ranks call this with the same arguments and share the work.
+        protocol: dot | cosine | reweighted, as the head of this module says.
+        intervals: also give 95 % intervals; queries with the same first true item are resampled together.
     Returns:
         direction, such as "text->audio" -> `retrieval_metrics`.
     Raises:
@@ -157,17 +78,62 @@ def evaluate_embeddings(
         if valid and not rows.any():
             continue
         queries, items, target = embeds[query][rows], embeds[gallery][rows], None
+        query_copies = copies = None  # how many clips have a caption
         if texts and query in texts:
             queries, _, target = _used_captions(texts[query], captions[rows])
+            query_copies = (target >= 0).sum(1)
         elif texts and gallery in texts:
-            items, target, _ = _used_captions(texts[gallery], captions[rows])
+            items, target, clips = _used_captions(texts[gallery], captions[rows])
+            copies = (clips >= 0).sum(1)
         try:
-            ranks = retrieval_ranks(queries, items, target, shared=shared)
+            target = checked_target(queries, items, target)
+            if protocol == "reweighted":
+                row = _reweighted(queries, items, target, query_copies, copies, shared, intervals)
+            else:
+                row = _plain(queries, items, target, protocol == "cosine", shared, intervals)
         except ValueError as error:
             raise ValueError(f"{direction}: {error}") from error
-        true_items = 1.0 if target is None else (target >= 0).sum().item() / len(target)
-        metrics[direction] = retrieval_metrics(ranks, len(items), true_items)
+        metrics[direction] = row
     return metrics
+
+
+def _plain(
+    queries: Tensor, items: Tensor, target: Tensor, cosine: bool, shared: bool, intervals: bool
+) -> dict[str, float | int]:
+    others = others_at_or_above(DotProducts(queries, items, cosine), target, best=10, shared=shared)
+    counts = (distinct_targets(target) >= 0).sum(1)
+    precisions = average_precision_at_10(others, counts)
+    true_items = counts.sum().item() / len(counts)
+    units = target.amax(1) if intervals else None
+    return retrieval_metrics(1 + others[:, 0], len(items), true_items, precisions, units)
+
+
+def _reweighted(
+    queries: Tensor,
+    items: Tensor,
+    target: Tensor,
+    query_copies: Tensor | None,
+    copies: Tensor | None,
+    shared: bool,
+    intervals: bool,
+) -> dict[str, float | int]:
+    """Without mAP@10, for which the rule has no order among equal captions."""
+    query_copies = torch.ones(len(queries), dtype=torch.int64) if query_copies is None else query_copies
+    copies = torch.ones(len(items), dtype=torch.int64) if copies is None else copies
+    ranks = (
+        1 + others_at_or_above(Reweighted(queries, items, query_copies, copies, shared), target, shared=shared)[:, 0]
+    )
+    query_copies, copies = query_copies.to(target.device), copies.to(target.device)
+    true = distinct_targets(target)
+    true_items = (
+        (copies[true.clamp(min=0)] * (true >= 0)).sum(1) * query_copies
+    ).sum().item() / query_copies.sum().item()
+    units = target.amax(1).repeat_interleave(query_copies) if intervals else None
+    ranks = ranks.repeat_interleave(query_copies)
+    row = retrieval_metrics(ranks, int(copies.sum()), true_items, units=units)
+    for figures in (row, row.get("ci95", {})):
+        figures.pop("mAP@10", None)
+    return row
 
 
 def _used_captions(texts: Tensor, captions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
