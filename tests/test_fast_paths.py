@@ -175,7 +175,7 @@ def test_the_codec_in_tiles_and_blocks(ratios: list[int], tile: int, block: int,
         expected = encoder._encode(waveform, mask)
     calls = []
     monkeypatch.setattr(encoder.stages[0], "forward", _counting(encoder.stages[0].forward, calls))
-    monkeypatch.setattr(codec, "BLOCK_VALUES", block)
+    monkeypatch.setattr(codec, "BLOCK_VALUES", block // torch.get_num_threads())
     found = encoder(waveform, mask)
     assert relative_error(found[mask], expected[mask]) <= 1e-12
     if tile == 250 and ratios == [2, 8, 10, 12]:

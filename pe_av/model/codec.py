@@ -10,12 +10,13 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pe_av.model.fast_snake import EPSILON, snake
 from pe_av.model.packing import has_values
 
-BLOCK_VALUES = 2**20  # of a feature map that are computed at a time, so that they stay in the cache
+BLOCK_VALUES = 2**19  # of a feature map that a thread computes at a time, so that they stay in the cache
 # by type of device: the tiles that are encoded at a time, and the share of them that may be padding. On a GPU, eight
 # tiles of ten seconds take 4 GB in float32, and a launch costs as much as a little padding.
 ROWS_TOGETHER = {"cpu": (1, 0.0), "cuda": (8, 0.15)}
@@ -34,13 +35,27 @@ class Snake(nn.Module):
         return snake(x, self.alpha)
 
 
+class SameConv(nn.Conv1d):
+    """A dilated convolution that keeps the length: (B, C, L) -> (B, C, L)."""
+
+    def __init__(self, channels: int, kernel_size: int, dilation: int):
+        super().__init__(channels, channels, kernel_size, dilation=dilation, padding="same")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cpu:
+            return super().forward(x)
+        # padded beforehand: where a CPU's kernels pad dilated rows themselves, they take up to four times as long
+        reach = self.dilation[0] * (self.kernel_size[0] - 1) // 2
+        return F.conv1d(F.pad(x, (reach, reach)), self.weight, self.bias, dilation=self.dilation)
+
+
 class ResidualUnit(nn.Module):
     """x + (Snake, dilated convolution of 7, Snake, convolution of 1): (B, C, L) -> (B, C, L)."""
 
     def __init__(self, channels: int, dilation: int):
         super().__init__()
         self.snake1 = Snake(channels)
-        self.conv1 = nn.Conv1d(channels, channels, kernel_size=7, dilation=dilation, padding="same")
+        self.conv1 = SameConv(channels, kernel_size=7, dilation=dilation)
         self.snake2 = Snake(channels)
         self.conv2 = nn.Conv1d(channels, channels, kernel_size=1)
 
@@ -243,7 +258,7 @@ def rows_together(lengths: list[int], most_positions: int, most_padding: float) 
 def _in_blocks(encode: Callable[[Tensor], Tensor], x: Tensor, stage: Stage, reach: int = 0) -> Tensor:
     """`encode(x)` of a stage, or of layers that end with one and see `reach` steps more, a block of steps at a time."""
     stride, channels = stage.down.stride[0], stage.down.in_channels
-    block = max(BLOCK_VALUES // (len(x) * channels), 1) // stride * stride
+    block = max(BLOCK_VALUES * torch.get_num_threads() // (len(x) * channels), 1) // stride * stride
     halo = stage.halo + -(-reach // stride) * stride
     if x.is_cuda or block < 8 * halo or block >= x.shape[-1]:
         return encode(x)
