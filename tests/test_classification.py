@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from pe_av import build_model, load_model, save_model
 from pe_av.config import ConfigError
 from pe_av.config.compose import check_overrides, from_dict
-from pe_av.config.labelled import ClassifyConfig
+from pe_av.config.evaluation import ClassifyConfig
 from pe_av.data.manifest import Clip, Manifest
 from pe_av.evaluation.classification import classification_metrics, classify_checkpoint, most_confused
 from pe_av.media.processor import Processor

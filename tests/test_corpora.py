@@ -23,7 +23,7 @@ from test_processor import make_config, make_tokenizer
 from pe_av import build_model
 from pe_av.config import ConfigError, DataConfig, StampsConfig
 from pe_av.config.compose import config_dir, read_yaml
-from pe_av.config.labelled import PromptsConfig
+from pe_av.config.evaluation import PromptsConfig
 from pe_av.data.cache import CachedReader, FeatureCache, identify, write_cache
 from pe_av.data.clips import ClipReader
 from pe_av.data.manifest import Clip, Manifest, read_manifest

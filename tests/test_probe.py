@@ -11,7 +11,7 @@ from test_classification import corpus  # noqa: F401 (a fixture)
 
 from pe_av.config import ConfigError
 from pe_av.config.compose import from_dict
-from pe_av.config.labelled import ProbeConfig
+from pe_av.config.evaluation import ProbeConfig
 from pe_av.evaluation.probe import held_out_of, probe, probe_checkpoint
 
 

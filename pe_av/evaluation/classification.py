@@ -9,7 +9,7 @@ embeddings to unit length first, as is usual where the score is a cosine, would 
 
 Audio is compared with `text_audio`, video with `text_video`, and both together with `text_audio_video`. Scale and bias,
 which change no order, are left out. A class that scores as high as a true one counts against the model, as in
-retrieval. The settings are explained in pe_av/config/labelled.py.
+retrieval. The settings are explained in pe_av/config/evaluation.py.
 """
 
 from collections import defaultdict
@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pe_av.config import ConfigError
 from pe_av.config.compose import run_command
-from pe_av.config.labelled import ClassifyConfig, PromptsConfig
+from pe_av.config.evaluation import ClassifyConfig, PromptsConfig
 from pe_av.data.clips import open_manifest
 from pe_av.data.recipes import CLASSES_FILE
 from pe_av.device import pick_device, precision_context, to_device

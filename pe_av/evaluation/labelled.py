@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pe_av.checkpoint import load_model
 from pe_av.config import HEADS, ConfigError
-from pe_av.config.labelled import MODALITIES, LabelledConfig
+from pe_av.config.evaluation import MODALITIES, LabelledConfig
 from pe_av.data.cache import reader_for
 from pe_av.data.manifest import Clip, Manifest
 from pe_av.device import precision_context

@@ -8,7 +8,7 @@ of `data.eval` are folds: each is tested once with a probe that was trained on t
 The linear probe is logistic regression with an L2 penalty on standardized embeddings, and nearest neighbours vote by
 majority, neighbours by cosine; both are scikit-learn's. The strength of the penalty and the number of neighbours are
 chosen on a held-out part of the training clips, never on the test clips, and then all training clips are used. Labels
-are not compared with texts here, so no text tower is needed. The settings are explained in pe_av/config/labelled.py.
+are not compared with texts here, so no text tower is needed. The settings are explained in pe_av/config/evaluation.py.
 """
 
 import warnings
@@ -25,7 +25,7 @@ from rich.table import Table
 
 from pe_av.config import ConfigError, require
 from pe_av.config.compose import run_command
-from pe_av.config.labelled import ProbeConfig
+from pe_av.config.evaluation import ProbeConfig
 from pe_av.data.clips import open_manifest
 from pe_av.data.manifest import Manifest
 from pe_av.device import pick_device

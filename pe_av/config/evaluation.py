@@ -1,4 +1,4 @@
-"""The settings of evaluations on clips whose captions are labels: zero-shot classification, and probes."""
+"""The settings of evaluations beside retrieval: zero-shot classification, probes, and localization."""
 
 from dataclasses import dataclass, field, fields
 
