@@ -1,15 +1,31 @@
 """Figures of event localization against sed_scores_eval, whose results are kept here, and against plain loops."""
 
+import json
 from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import randomize, small_config
 from sklearn.metrics import roc_auc_score
+from test_processor import make_tokenizer
 
+from pe_av import Processor, build_model, load_model, save_model
+from pe_av.config import (
+    AudioConfig,
+    CodecConfig,
+    ConfigError,
+    PEAudioFrameConfig,
+    SpanDemoConfig,
+    TextConfig,
+    TransformerConfig,
+)
+from pe_av.config.evaluation import LocalizeConfig
+from pe_av.data.span_demo import prepare_span_demo
+from pe_av.data.spans import read_span_manifest
 from pe_av.evaluation.events import event_metrics, largest_matching, merge_spans, plot_recordings
-from pe_av.evaluation.localization import localization_metrics
+from pe_av.evaluation.localization import localization_metrics, localize_checkpoint
 
 STEP = 0.04
 
@@ -155,3 +171,47 @@ def test_the_picture_has_every_recording(tmp_path: Path):
     plot_recordings([silence], tmp_path / "one.png", STEP, 0.5)
     width = {name: int.from_bytes((tmp_path / name).read_bytes()[16:20], "big") for name in ("one.png", "two.png")}
     assert width["two.png"] == 2 * width["one.png"]
+
+
+def test_the_command_gives_the_figures_of_recordings_one_by_one(tmp_path: Path):
+    demo = SpanDemoConfig(str(tmp_path / "demo"), train_clips=1, eval_clips=5)
+    clips = read_span_manifest(prepare_span_demo(demo)[1])
+    text = TextConfig(
+        vocab_size=16, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0,
+        nth_text_layer=1, max_tokens=32, max_position_embeddings=32, local_attention=8,
+    )  # fmt: skip
+    tower = TransformerConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16
+    )
+    config = PEAudioFrameConfig(text=text, audio=AudioConfig(CodecConfig(encoder_hidden_size=2), tower), output_dim=16)
+    model = randomize(build_model(config))
+    save_model(model, tmp_path / "checkpoint")
+    Processor(config, make_tokenizer()).save_pretrained(tmp_path / "checkpoint")
+    settings = LocalizeConfig(
+        str(tmp_path / "checkpoint"), demo=demo, threshold=0.4, num_workers=0, batch_size=2, device="cpu", max_seconds=5
+    )
+    found = localize_checkpoint(settings, tmp_path / "out")
+
+    processor, model = Processor.from_pretrained(tmp_path / "checkpoint"), load_model(tmp_path / "checkpoint")
+    scores, targets = [], []
+    for clip in clips:
+        sound = processor.audio_item(clip.audio, max_seconds=5)
+        with torch.inference_mode():
+            out = model(**processor(text=[clip.caption], audio=[sound], sampling_rate=48_000))
+        scores.append(out.logits[0].sigmoid())
+        middle = (torch.arange(out.logits.shape[1]) + 0.5) * STEP
+        targets.append(torch.stack([(start <= middle) & (middle < end) for start, end in clip.spans]).any(0))
+    assert len(scores[0]) == 125  # what is beyond max_seconds is not evaluated
+    expected = localization_metrics(scores, targets, 0.4)
+    expected |= event_metrics(scores, [clip.spans for clip in clips], STEP, 0.4)
+    assert found == pytest.approx(expected, rel=1e-4) and found["recordings"] == 5
+    written = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert {name: written[name] for name in found} == found and written["threshold"] == 0.4
+    assert (tmp_path / "out/spans.png").exists()
+
+
+def test_only_a_frame_level_model_can_localize(tmp_path: Path):
+    model = build_model(small_config())
+    save_model(model, tmp_path / "checkpoint")
+    with pytest.raises(ConfigError, match="checkpoint is no PEAudioFrame"):
+        localize_checkpoint(LocalizeConfig(str(tmp_path / "checkpoint"), device="cpu"), tmp_path / "out")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 
 from pe_av.config.checks import one_of, require
-from pe_av.config.data import DataConfig
+from pe_av.config.data import DataConfig, SpanDemoConfig
 
 MODALITIES = ("audio", "video", "audio_video")
 
@@ -81,3 +81,29 @@ class ProbeConfig(LabelledConfig):
         require(0 < self.validation < 1, f"validation={self.validation} is not between 0 and 1")
         require(self.max_iterations >= 1, f"max_iterations={self.max_iterations} is not positive")
         require(self.seed >= 0, f"seed={self.seed} is negative")
+
+
+@dataclass
+class LocalizeConfig:
+    """`python -m pe_av.evaluation.localization`: when is it heard? With a PEAudioFrame."""
+
+    checkpoint: str = "???"  # The folder of a native checkpoint.
+    # Manifest: JSONL of {"path", "caption", "spans": [[start_s, end_s], …]}. null: the demo's held-out recordings.
+    eval: str | None = None
+    demo: SpanDemoConfig = field(default_factory=SpanDemoConfig)
+    threshold: float = 0.5  # Positions with a higher probability are marked.
+    drawn: int = 4  # The number of recordings in spans.png, the first ones.
+    max_seconds: float = 30.0  # Longer recordings are cut to their beginning.
+    num_workers: int = 2  # Processes that decode while the model computes; 0: decode in the same process.
+    time_limit: float = 60.0  # Seconds that a worker may take for one recording.
+    batch_size: int = 64  # Of one rank.
+    device: str = "auto"  # A device of PyTorch, such as cuda or cpu; auto: cuda if there is a GPU.
+    precision: str = "fp32"  # fp32 | bf16 (autocast) | auto (bf16 on a GPU that computes in it, else fp32)
+    max_bad_fraction: float = 0.05  # Stop when a larger fraction of the recordings read so far is damaged.
+    timeout_minutes: float = 10.0  # When ranks have waited for one of them for this long, the evaluation ends.
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"batch_size={self.batch_size} is not positive")
+        require(0 <= self.threshold <= 1, f"threshold={self.threshold} is not a probability")
+        require(self.drawn >= 0, f"drawn={self.drawn} is negative")
+        one_of("precision", self.precision, ("auto", "fp32", "bf16"))

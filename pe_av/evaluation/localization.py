@@ -1,11 +1,39 @@
 """How well PEAudioFrame tells positions apart: average precision, AUROC, F1 and intersection over union. The figures of
-whole spans are in events.py."""
+whole spans are in events.py.
+
+    python -m pe_av.evaluation.localization checkpoint=DIR eval=spans.jsonl [key=value …]
+
+evaluates a checkpoint; training evaluates by the same figures. pe_av/config/evaluation.py explains the settings.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
+from pe_av.checkpoint import load_model
+from pe_av.config import ConfigError
+from pe_av.config.compose import run_command
+from pe_av.config.evaluation import LocalizeConfig
+from pe_av.data.span_demo import prepare_span_demo
+from pe_av.data.spans import SpanReader, read_span_manifest
+from pe_av.device import pick_device, precision_context, to_device
+from pe_av.evaluation.events import event_metrics, plot_recordings
+from pe_av.evaluation.report import write_metrics
+from pe_av.loading.bad_items import BadItems
+from pe_av.loading.loader import Loader
+from pe_av.loading.sampler import BatchSampler
+from pe_av.loading.span_batch import SpanCollate
+from pe_av.media.processor import Processor
+from pe_av.model.pe_audio_frame import PEAudioFrame
+from pe_av.ranks import of_all_ranks, process_group, rank, world_size
 
-def localization_metrics(scores: list[Tensor], targets: list[Tensor], threshold: float) -> dict[str, float]:
+
+def localization_metrics(scores: Sequence[Tensor], targets: Sequence[Tensor], threshold: float) -> dict[str, float]:
     """
     Args:
         scores, targets: of each recording, (positions,) probabilities and bool.
@@ -31,7 +59,7 @@ def localization_metrics(scores: list[Tensor], targets: list[Tensor], threshold:
         precisions.append(average_precision(score, target))
         if target.any() and not target.all():
             areas.append(auroc(score, target))
-    every, asked = torch.cat(list(scores)), torch.cat(list(targets))
+    every, asked = torch.cat(tuple(scores)), torch.cat(tuple(targets))
     best, best_threshold = best_f1(every, asked)
     both_kinds = asked.any() and not asked.all()
     pooled = {"pooled AUROC": 100 * auroc(every, asked)} if both_kinds else {}
@@ -81,3 +109,86 @@ def _cumulative(score: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     hits = target[order].double().cumsum(0)
     last = torch.cat((score[order][1:] != score[order][:-1], torch.ones(1, dtype=torch.bool)))  # of equal scores
     return score[order][last], hits[last], torch.arange(1, len(score) + 1, dtype=torch.float64)[last]
+
+
+def localize_checkpoint(config: LocalizeConfig, folder: Path) -> dict[str, float | int]:
+    """Evaluate a PEAudioFrame; `metrics.json` and `spans.png` are written to `folder`. The ranks share the recordings.
+
+    Returns:
+        `localization_metrics` and `events.event_metrics`.
+    Raises:
+        ConfigError, CheckpointError: the settings, the data or the checkpoint cannot be used.
+    """
+    with process_group(pick_device(config.device), config.timeout_minutes) as device:
+        return _localize(config, folder, device)
+
+
+def _localize(config: LocalizeConfig, folder: Path, device: torch.device) -> dict[str, float | int]:
+    model = load_model(config.checkpoint, device)
+    if not isinstance(model, PEAudioFrame):
+        raise ConfigError(f"{config.checkpoint} is no PEAudioFrame: it has no probability for each position")
+    processor = Processor.from_pretrained(config.checkpoint)
+    path = prepare_span_demo(config.demo)[1] if config.eval is None else Path(config.eval)
+    clips = read_span_manifest(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    read = SpanReader(processor, config.max_seconds)
+    sampler = BatchSampler(len(clips), config.batch_size, rank=rank(), world=world_size())
+    collate = SpanCollate(processor, model.seconds_per_position)
+    loader = Loader(clips, read, sampler, collate, config.num_workers, config.time_limit)
+    console = Console(stderr=True, quiet=rank() > 0)
+    with precision_context(config.precision, device):
+        own = [_localize_batch(model, batch, device) for batch in track(loader, "evaluating", console=console)]
+    loader.close()
+    # batch b of rank r is number b · world + r of all
+    batches = [batch for turn in zip(*of_all_ranks(own), strict=True) for batch in turn]
+    bad = BadItems(folder, len(clips), config.max_bad_fraction, writes=rank() == 0)
+    damaged, partial = (sum((batch[name] for batch in batches), []) for name in ("bad", "partial"))
+    bad.add(sum(batch["read"] for batch in batches), damaged, partial)
+    rows = [row for batch in batches for row in batch["rows"]]
+    if not rows:
+        raise ConfigError(f"{path}: none of its {len(clips)} recordings can be read: see {folder}/bad_items.jsonl")
+    ids, scores, targets, spans = zip(*rows, strict=True)
+    broken = [name for name, score in zip(ids, scores, strict=True) if not score.isfinite().all()]
+    if broken:
+        raise ConfigError(
+            f"{config.checkpoint}: the probabilities of {len(broken)} recordings of {path} are NaN, such as {broken[0]}"
+        )
+    metrics = localization_metrics(scores, targets, config.threshold)
+    metrics |= event_metrics(scores, spans, model.seconds_per_position, config.threshold)
+    if rank() == 0:
+        by_id, rate = {clip.id: clip for clip in clips}, model.config.audio.codec.sampling_rate
+        drawn = [
+            item | {"sampling_rate": rate, "scores": score}
+            for name, score in zip(ids[: config.drawn], scores, strict=False)
+            if "waveform" in (item := read(by_id[name]))
+        ]
+        if drawn:
+            plot_recordings(drawn, folder / "spans.png", model.seconds_per_position, config.threshold)
+        record = {
+            "checkpoint": str(config.checkpoint),
+            "manifest": str(path),
+            "threshold": config.threshold,
+            "max_seconds": config.max_seconds,
+            "precision": config.precision,
+            **{f"{name}_items": len(reasons) for name, reasons in bad.reasons.items()},
+        }
+        write_metrics(folder / "metrics.json", metrics, **record)
+        for name, value in metrics.items():
+            print(f"{name:22} {value:.4g}")
+        console.print(f"written to {folder}", soft_wrap=True)
+    return metrics
+
+
+@torch.no_grad()
+def _localize_batch(model: PEAudioFrame, batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The "rows" of (id, probabilities, targets, spans), "read", "bad" and "partial"."""
+    rows = []
+    if batch["ids"]:
+        probability = model(**to_device(batch["inputs"], device)).logits.float().sigmoid().cpu()
+        for i, length in enumerate(batch["mask"].sum(1).tolist()):
+            rows.append((batch["ids"][i], probability[i, :length], batch["targets"][i, :length], batch["spans"][i]))
+    return {name: batch[name] for name in ("read", "bad", "partial")} | {"rows": rows}
+
+
+if __name__ == "__main__":
+    run_command(LocalizeConfig, "localize", localize_checkpoint)
