@@ -23,10 +23,11 @@ from test_processor import make_config, make_tokenizer
 from pe_av import build_model
 from pe_av.config import ConfigError, DataConfig, StampsConfig
 from pe_av.config.compose import config_dir, read_yaml
+from pe_av.config.evaluation import PromptsConfig
 from pe_av.data.cache import CachedReader, FeatureCache, identify, write_cache
 from pe_av.data.clips import ClipReader
 from pe_av.data.manifest import Clip, Manifest, read_manifest
-from pe_av.data.recipes import RECIPES, make_manifest
+from pe_av.data.recipes import LABELLED, RECIPES, make_manifest
 from pe_av.data.recipes import main as recipes_main
 from pe_av.data.shards import index, pack
 from pe_av.data.stamps import find_stamps, prepare_stamps
@@ -565,9 +566,116 @@ def vctk(root):
     return {f"{s}_001": ("test" if s == "p234" else "train", {None: ["Please call Stella."]}) for s in speakers}, set()
 
 
-@pytest.mark.parametrize(
-    "make", [audiocaps, clotho, valor32k, vggsound, kinetics, msrvtt, esc50, vctk], ids=lambda f: f.__name__
-)
+def audioset(root):
+    write(
+        root,
+        "class_labels_indices.csv",
+        'index,mid,display_name\n0,/m/09x0r,"Speech"\n1,/m/02zsn,"Female speech, woman"\n',
+    )
+    head = "# Segments csv created Sun Mar  5 10:54:31 2017\n# num_ytids=2, num_segs=2\n# YTID, start_seconds, …\n"
+    write(
+        root, "eval_segments.csv", head + '--4gqARaEJE, 0.000, 10.000, "/m/09x0r,/m/02zsn"\nlost, 1, 9.5, "/m/09x0r"\n'
+    )
+    write(root, "balanced_train_segments.csv", head + '--PJHxphWEs, 30.000, 40.000, "/m/09x0r"\n')
+    touch(root, "eval_segments/--4gqARaEJE.mp4", "balanced_train_segments/--PJHxphWEs.flac")
+    return {
+        "--4gqARaEJE": ("eval", {"audio": ["speech", "female speech, woman"]}),
+        "--PJHxphWEs": ("balanced_train", {"audio": ["speech"]}),
+    }, {"lost"}
+
+
+def ucf101(root):
+    for fold in "123":
+        write(root, f"ucfTrainTestlist/trainlist0{fold}.txt", "YoYo/v_YoYo_g08_c01.avi 101\r\n")
+        write(root, f"ucfTrainTestlist/testlist0{fold}.txt", "ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi\n")
+    touch(root, "UCF-101/YoYo/v_YoYo_g08_c01.avi", "UCF-101/ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi")
+    train = {f"train{i}/v_YoYo_g08_c01": (f"train{i}", {"visual": ["yo yo"]}) for i in "123"}
+    test = {f"test{i}/v_ApplyEyeMakeup_g01_c01": (f"test{i}", {"visual": ["apply eye makeup"]}) for i in "123"}
+    return train | test, set()
+
+
+def hmdb51(root):
+    for fold in "123":
+        lines = f"a_chew_h_nm_np1.avi 1 \nb #2.avi {fold if fold == '2' else 0} \n"
+        write(root, f"testTrainMulti_7030_splits/brush_hair_test_split{fold}.txt", lines)
+        write(root, f"testTrainMulti_7030_splits/chew_test_split{fold}.txt", "a_chew_h_nm_np1.avi 2 \n")
+    touch(root, "brush_hair/a_chew_h_nm_np1.avi", "brush_hair/b #2.avi", "chew/a_chew_h_nm_np1.avi")
+    clips = {f"train{i}/brush_hair/a_chew_h_nm_np1": (f"train{i}", {"visual": ["brush hair"]}) for i in "123"}
+    clips |= {f"test{i}/chew/a_chew_h_nm_np1": (f"test{i}", {"visual": ["chew"]}) for i in "123"}
+    return clips | {"test2/brush_hair/b #2": ("test2", {"visual": ["brush hair"]})}, set()
+
+
+def didemo(root):
+    for split in ("train", "val", "test"):
+        rows = [
+            {
+                "annotation_id": i,
+                "video": f"1@N00_{split}.avi",
+                "description": text,
+                "times": [[i, i]],
+                "num_segments": 6,
+            }
+            for i, text in enumerate(("a dog runs ", "it barks"))
+        ]
+        write(root, f"{split}_data.json", json.dumps(rows))
+    touch(root, "videos/1@N00_train.mov", "videos/1@N00_test.mp4")
+    clips = {f"1@N00_{s}.avi": (s, {"visual": ["a dog runs it barks"]}) for s in ("train", "test")}
+    return clips, {"1@N00_val.avi"}
+
+
+def msvd(root):
+    lines = [
+        "# Copyright",
+        "",
+        "mv89psg6zh4_33_46 A bird is bathing.",
+        "mv89psg6zh4_33_46 A bird splashes",
+        "-b_1_2 Rain",
+    ]
+    write(root, "AllVideoDescriptions.txt", "\n".join(lines) + "\n")
+    for split, name in (("train", "mv89psg6zh4_33_46"), ("val", "-b_1_2"), ("test", "-b_1_2")):
+        write(root, f"{split}_list.txt", f"{name}\n" if split != "val" else "")
+    touch(root, "YouTubeClips/mv89psg6zh4_33_46.avi", "YouTubeClips/-b_1_2.avi")
+    return {
+        "mv89psg6zh4_33_46": ("train", {"visual": ["A bird is bathing.", "A bird splashes"]}),
+        "-b_1_2": ("test", {"visual": ["Rain"]}),
+    }, set()
+
+
+def activitynet(root):
+    for split in ("train", "val_1"):
+        row = {
+            "duration": 82.73,
+            "timestamps": [[0.8, 19.9], [17.4, 60.8]],
+            "sentences": ["A man sits.", " He sings. "],
+        }
+        write(root, f"{split}.json", json.dumps({f"v_{split}": row}))
+        touch(root, f"videos/v_{split}.mkv")
+    return {f"v_{s}": (s, {"visual": ["A man sits. He sings."]}) for s in ("train", "val_1")}, set()
+
+
+def vatex(root):
+    files = {"train": "training_v1.0", "val": "validation_v1.0", "test": "public_test_english_v1.1"}
+    for split, file in files.items():
+        row = {"videoID": f"-{split}_000010_000020", "enCap": [f"{split} {i}" for i in range(10)]}
+        write(root, f"vatex_{file}.json", json.dumps([row]))
+        touch(root, f"videos/-{split}_000010_000020.mp4")
+    return {f"-{s}_000010_000020": (s, {"visual": [f"{s} {i}" for i in range(10)]}) for s in files}, set()
+
+
+MINIATURES = [
+    *(audiocaps, clotho, valor32k, vctk, msrvtt, didemo, msvd, activitynet, vatex),
+    *(vggsound, kinetics, esc50, audioset, ucf101, hmdb51),
+]
+
+
+def test_every_recipe_has_a_miniature_and_those_with_labels_have_templates():
+    assert {make.__name__ for make in MINIATURES} == set(RECIPES)
+    assert {path.stem for path in (config_dir() / "prompts").glob("*.yaml")} == set(LABELLED) <= set(RECIPES)
+    for name in LABELLED:
+        read_yaml(PromptsConfig, config_dir() / "prompts" / f"{name}.yaml")
+
+
+@pytest.mark.parametrize("make", MINIATURES, ids=lambda f: f.__name__)
 def test_a_recipe_finds_what_is_there_and_reports_what_is_not(make, tmp_path, capsys):
     expected, missing = make(tmp_path)
     recipes_main([make.__name__, str(tmp_path)])
@@ -577,6 +685,12 @@ def test_a_recipe_finds_what_is_there_and_reports_what_is_not(make, tmp_path, ca
     assert {clip.id: (clip.split, clip.captions) for clip in found} == expected
     assert all(Path(source).is_file() for clip in found for source in (clip.audio, clip.video) if source)
     assert set(make_manifest(make.__name__, tmp_path)[1]) == missing
+    labels = {label for _, captions in expected.values() for texts in captions.values() for label in texts}
+    if make.__name__ in LABELLED:  # those of missing clips too
+        listed = (tmp_path / "classes.txt").read_text().splitlines()
+        assert listed == sorted(labels | ({"dog"} if make is vggsound else set()))
+    else:
+        assert not (tmp_path / "classes.txt").exists()
     # the configuration beside it names splits that there are
     config = read_yaml(DataConfig, config_dir() / "data" / f"{make.__name__}.yaml")
     assert {config.train_split, config.eval_split} - {None} <= {split for split, _ in expected.values()}
@@ -596,6 +710,59 @@ def test_a_recipe_says_what_it_lacks(tmp_path):
     with pytest.raises(ConfigError, match="esc-50 is no recipe"):
         make_manifest("esc-50", tmp_path)
     assert set(RECIPES) <= {path.stem for path in (config_dir() / "data").glob("*.yaml")}
+
+
+def test_a_corpus_of_videos_may_be_kept_as_sound_alone(tmp_path):
+    audioset(tmp_path)
+    clips = {clip.id: clip for clip in make_manifest("audioset", tmp_path)[0]}
+    assert clips["--PJHxphWEs"].audio.endswith(".flac") and clips["--PJHxphWEs"].video is None
+    assert clips["--4gqARaEJE"].audio == clips["--4gqARaEJE"].video and clips["--4gqARaEJE"].seconds == 10
+
+
+def test_kinetics_may_have_a_folder_for_each_label(tmp_path):
+    expected, _ = kinetics(tmp_path)
+    for split in ("train", "val"):
+        folder = tmp_path / split / "playing drums"
+        folder.mkdir()
+        (tmp_path / split / f"{split}_id_000007_000017.mp4").rename(folder / f"{split}_id_000007_000017.mp4")
+    assert {clip.id for clip in make_manifest("kinetics", tmp_path)[0]} == set(expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "file", "text", "message"),
+    [
+        (
+            audioset,
+            "eval_segments.csv",
+            'a, 0, 10, "/m/x"\n',
+            "eval_segments.csv: a: class /m/x is not in class_labels",
+        ),
+        (audioset, "eval_segments.csv", "a, 0, 10\n", "eval_segments.csv:1: has 3 columns, not 4"),
+        (audioset, "eval_segments.csv", None, "balanced_train"),
+        (ucf101, "ucfTrainTestlist/testlist02.txt", None, "testlist02.txt: no such file"),
+        (
+            hmdb51,
+            "testTrainMulti_7030_splits/chew_test_split1.txt",
+            "a.avi 3\n",
+            "split1.txt:1: 'a.avi 3' is not a file",
+        ),
+        (didemo, "val_data.json", '[{"video": "a"}]', "val_data.json: entry 1 has no description"),
+        (didemo, "val_data.json", "{}", "val_data.json: is a JSON dict, not a list"),
+        (msvd, "test_list.txt", "nowhere_1_2\n", "test_list.txt: nowhere_1_2 has no description in AllVideo"),
+        (msvd, "AllVideoDescriptions.txt", "alone\n", "line 1 is not the name of a video and a description: 'alone'"),
+        (activitynet, "val_1.json", "[]", "val_1.json: is not an object"),
+        (activitynet, "val_1.json", '{"v_a": {"sentences": []}}', "val_1.json: entry 1 has no duration"),
+        (vatex, "vatex_validation_v1.0.json", '["a"]', "validation_v1.0.json: entry 1 has no videoID"),
+    ],
+)
+def test_a_list_of_another_form_is_named(make, file, text, message, tmp_path):
+    make(tmp_path)
+    (tmp_path / file).unlink() if text is None else (tmp_path / file).write_text(text)
+    if message == "balanced_train":  # the eval segments are not needed to train
+        assert {clip.split for clip in make_manifest("audioset", tmp_path)[0]} == {"balanced_train"}
+        return
+    with pytest.raises(ConfigError, match=message):
+        make_manifest(make.__name__, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

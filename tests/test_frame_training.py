@@ -102,19 +102,10 @@ def test_a_run_leaves_everything_that_is_promised(tmp_path: Path, run):
         "tensorboard",
     }  # fmt: skip
     assert set(json.loads((tmp_path / "run/metrics.json").read_text())) == {
-        "AP",
-        "F1",
-        "IoU",
-        "best F1",
-        "best threshold",
-        "bad_items",
-        "chance AP",
-        "cut_items",
-        "loss",
-        "partial_items",
-        "recordings",
-        "step",
-    }
+        "AP", "AUROC", "F1", "IoU", "PSDS 0.1", "PSDS 0.7", "bad_items", "best F1", "best event F1",
+        "best event threshold", "best threshold", "chance AP", "cut_items", "event F1", "events", "loss", "partial_items",
+        "pooled AUROC", "recordings", "step",
+    }  # fmt: skip
     assert isinstance(load_model(tmp_path / "run/checkpoint"), PEAudioFrame)
 
 

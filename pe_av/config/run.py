@@ -236,7 +236,7 @@ class SpanTrainConfig(RunConfig):
     batch_size: int = 32
     eval_every: int = 100
     save_every: int = 100
-    best: str | None = "AP"  # AP | F1 | "best F1" | IoU | held_out_loss
+    best: str | None = "AP"  # AP | F1 | "best F1" | IoU | "event F1" | "best event F1" | "PSDS 0.7" | held_out_loss
 
     def __post_init__(self) -> None:
         super().__post_init__()

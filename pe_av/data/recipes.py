@@ -4,7 +4,8 @@
 
 reads the corpus's own lists in ROOT, looks for the media files that they name, and writes the clips that exist to
 ROOT/manifest.parquet and those that are missing to ROOT/missing.txt. Nothing is downloaded. `data=NAME data.train=…
-data.eval=…` then trains and evaluates on it.
+data.eval=…` then trains and evaluates on it. Where the captions are labels of classes, ROOT/classes.txt lists all of
+them, also those of which every clip is missing, so that what is missing makes classification no easier.
 
 To add a corpus:
 
@@ -13,7 +14,7 @@ To add a corpus:
    together), or None (one caption of everything, or a label). `audio` and `video` are paths relative to ROOT without
    their endings; a corpus has the one or the other, or, for files with both tracks, the same path twice (`_video`).
    `_csv`, `_table` and `_json` read lists and report what is missing in them.
-2. Add it to `RECIPES`.
+2. Add it to `RECIPES`; if its captions are labels, also to `LABELLED`, and their templates to configs/prompts.
 3. Write configs/data/NAME.yaml, which `data=NAME` selects: in comments, what ROOT must look like and the protocol by
    which the corpus is evaluated; then `train`, `eval`, `train_split` and `eval_split`.
 4. Add a miniature of the corpus to tests/test_corpora.py.
@@ -22,6 +23,7 @@ To add a corpus:
 import csv
 import json
 import os
+import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +34,9 @@ from typing import Any, TextIO
 from pe_av.config import ConfigError
 from pe_av.data.manifest import Clip, Manifest
 
-ENDINGS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")
+SOUND_ENDINGS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")
+ENDINGS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", *SOUND_ENDINGS)
+CLASSES_FILE = "classes.txt"
 
 
 def audiocaps(root: Path) -> Iterator[Clip]:
@@ -72,9 +76,13 @@ def kinetics(root: Path) -> Iterator[Clip]:
         path = root / "annotations" / f"{split}.csv"
         if split == "test" and not path.exists():
             continue
+        folders: dict[str, str] = {}
         for row in _csv(path, "label", "youtube_id", "time_start", "time_end"):
             stem = f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}"
-            yield _video(stem, f"{split}/{stem}", split, "visual", [row["label"]])
+            if row["label"] not in folders:  # the archives of Kinetics-700 have a folder for each class
+                by_class = os.path.join(split, row["label"])
+                folders[row["label"]] = by_class if (root / by_class).is_dir() else split
+            yield _video(stem, f"{folders[row['label']]}/{stem}", split, "visual", [row["label"]])
 
 
 def msrvtt(root: Path) -> Iterator[Clip]:
@@ -95,6 +103,96 @@ def esc50(root: Path) -> Iterator[Clip]:
         yield Clip(row["filename"], audio=stem, captions={None: [label]}, seconds=5.0, split=f"fold{row['fold']}")
 
 
+def audioset(root: Path) -> Iterator[Clip]:
+    rows = _csv(root / "class_labels_indices.csv", "mid", "display_name")
+    names = {row["mid"]: row["display_name"].lower() for row in rows}
+    splits = [s for s in ("eval", "balanced_train", "unbalanced_train") if (root / f"{s}_segments.csv").exists()]
+    for split in splits or ["eval"]:  # without any, the first one's absence is reported
+        path = root / f"{split}_segments.csv"
+        # three lines of comment, and blanks behind the commas
+        for name, start, end, classes in _table(path, 4, comment="#"):
+            unknown = [one for one in classes.split(",") if one not in names]
+            if unknown:
+                raise ConfigError(f"{path}: {name}: class {unknown[0]} is not in class_labels_indices.csv")
+            labels = [names[one] for one in classes.split(",")]
+            seconds = float(end) - float(start)
+            yield replace(_video(name, f"{split}_segments/{name}", split, "audio", labels), seconds=seconds)
+
+
+def ucf101(root: Path) -> Iterator[Clip]:
+    for fold in "123":
+        for split in ("train", "test"):
+            for line in _lines(root / "ucfTrainTestlist" / f"{split}list0{fold}.txt"):
+                label, _, file = line.split()[0].partition("/")  # lines of trainlist also have the number of the class
+                words = re.findall("[A-Z]+(?![a-z])|[A-Z][a-z]*|[0-9]+", label)  # ApplyEyeMakeup
+                stem = f"UCF-101/{label}/{os.path.splitext(file)[0]}"
+                name = f"{split}{fold}/{os.path.splitext(file)[0]}"
+                yield _video(name, stem, f"{split}{fold}", "visual", [" ".join(words).lower()])
+
+
+def hmdb51(root: Path) -> Iterator[Clip]:
+    lists = root / "testTrainMulti_7030_splits"
+    paths = sorted(lists.glob("*_test_split[123].txt"))
+    if not paths:
+        raise ConfigError(f"{lists}: holds no CLASS_test_split1.txt to CLASS_test_split3.txt")
+    for path in paths:
+        label, _, fold = path.stem.rpartition("_test_split")
+        for number, line in enumerate(_lines(path), start=1):
+            file, _, use = line.rpartition(" ")
+            if use not in ("0", "1", "2"):
+                raise ConfigError(f"{path}:{number}: {line!r} is not a file name and 0 (unused), 1 (train) or 2 (test)")
+            if use != "0":
+                split, stem = f"{'train' if use == '1' else 'test'}{fold}", os.path.splitext(file.strip())[0]
+                name = f"{split}/{label}/{stem}"  # files of different classes have equal names
+                yield _video(name, f"{label}/{stem}", split, "visual", [label.replace("_", " ")])
+
+
+def didemo(root: Path) -> Iterator[Clip]:
+    for split in ("train", "val", "test"):
+        sentences: dict[str, list[str]] = defaultdict(list)
+        path = root / f"{split}_data.json"
+        for row in _rows(_json(path), path, "video", "description"):
+            sentences[row["video"]].append(row["description"].strip())
+        for name, texts in sentences.items():
+            yield _video(name, f"videos/{os.path.splitext(name)[0]}", split, "visual", [" ".join(texts)])
+
+
+def msvd(root: Path) -> Iterator[Clip]:
+    captions: dict[str, list[str]] = defaultdict(list)
+    path = root / "AllVideoDescriptions.txt"
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.startswith("#"):
+            name, _, text = line.partition(" ")
+            if not text.strip():
+                raise ConfigError(f"{path}: line {number} is not the name of a video and a description: {line!r}")
+            captions[name].append(text.strip())
+    for split in ("train", "val", "test"):
+        names = root / f"{split}_list.txt"
+        for name in _lines(names):
+            if name not in captions:
+                raise ConfigError(f"{names}: {name} has no description in {path.name}")
+            yield _video(name, f"YouTubeClips/{name}", split, "visual", captions[name])
+
+
+def activitynet(root: Path) -> Iterator[Clip]:
+    for split in ("train", "val_1"):
+        path = root / f"{split}.json"
+        found = _json(path)
+        if not isinstance(found, dict):
+            raise ConfigError(f"{path}: is not an object from names of videos to their sentences")
+        for name, row in zip(found, _rows(list(found.values()), path, "sentences", "duration"), strict=True):
+            text = " ".join(sentence.strip() for sentence in row["sentences"])
+            yield replace(_video(name, f"videos/{name}", split, "visual", [text]), seconds=float(row["duration"]))
+
+
+def vatex(root: Path) -> Iterator[Clip]:
+    files = {"train": "training_v1.0", "val": "validation_v1.0", "test": "public_test_english_v1.1"}
+    for split, file in files.items():
+        path = root / f"vatex_{file}.json"
+        for row in _rows(_json(path), path, "videoID", "enCap"):
+            yield _video(row["videoID"], f"videos/{row['videoID']}", split, "visual", row["enCap"])
+
+
 def vctk(root: Path) -> Iterator[Clip]:
     speakers = sorted(path.name for path in (root / "txt").glob("*") if path.is_dir())
     if not speakers:
@@ -108,8 +206,13 @@ def vctk(root: Path) -> Iterator[Clip]:
 
 
 RECIPES: dict[str, Callable[[Path], Iterator[Clip]]] = {
-    recipe.__name__: recipe for recipe in (audiocaps, clotho, valor32k, vggsound, kinetics, msrvtt, esc50, vctk)
+    recipe.__name__: recipe
+    for recipe in (
+        *(audiocaps, clotho, valor32k, vctk, msrvtt, didemo, msvd, activitynet, vatex),
+        *(vggsound, kinetics, esc50, audioset, ucf101, hmdb51),
+    )
 }
+LABELLED = ("vggsound", "kinetics", "esc50", "audioset", "ucf101", "hmdb51")  # their captions are labels of classes
 
 
 def make_manifest(name: str, root: str | Path) -> tuple[Manifest, dict[str, str]]:
@@ -125,12 +228,16 @@ def make_manifest(name: str, root: str | Path) -> tuple[Manifest, dict[str, str]
         raise ConfigError(f"{name} is no recipe; known are {', '.join(RECIPES)}")
     folders: dict[str, dict[str, str]] = {}
     clips, missing = [], {}
+    labels: set[str] = set()
     for clip in RECIPES[name](root):
+        labels.update(*clip.captions.values())
         stems = {modality: stem for modality in ("audio", "video") if (stem := getattr(clip, modality))}
         files = {modality: _find(root, stem, folders) for modality, stem in stems.items()}
         if None in files.values():
             missing[clip.id] = clip.video or clip.audio
         else:
+            if clip.video is not None and files["video"].lower().endswith(SOUND_ENDINGS):
+                files["video"] = None  # of a corpus of videos, only the sound was kept
             clips.append(replace(clip, **files))
     (root / "missing.txt").write_text("".join(f"{stem}\n" for stem in missing.values()), encoding="utf-8")
     if not clips:
@@ -141,6 +248,8 @@ def make_manifest(name: str, root: str | Path) -> tuple[Manifest, dict[str, str]
         )
     manifest = Manifest.of(clips, root)
     manifest.write(root / "manifest.parquet")
+    if name in LABELLED:
+        (root / CLASSES_FILE).write_text("".join(f"{label}\n" for label in sorted(labels)), encoding="utf-8")
     return manifest, missing
 
 
@@ -170,13 +279,32 @@ def _csv(path: Path, *columns: str) -> Iterator[dict[str, str]]:
         yield from reader
 
 
-def _table(path: Path, columns: int) -> Iterator[list[str]]:
-    """The rows of a CSV file without a header."""
+def _table(path: Path, columns: int, comment: str | None = None) -> Iterator[list[str]]:
+    """The rows of a CSV file without a header; lines that begin with `comment` are none."""
     with _open(path) as file:
-        for number, row in enumerate(csv.reader(file), start=1):
+        for number, row in enumerate(csv.reader(file, skipinitialspace=True), start=1):
+            if comment is not None and row and row[0].startswith(comment):
+                continue
             if len(row) != columns:
                 raise ConfigError(f"{path}:{number}: has {len(row)} columns, not {columns}")
             yield row
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text file that are not blank."""
+    with _open(path) as file:
+        yield from filter(None, map(str.strip, file))
+
+
+def _rows(rows: Any, path: Path, *keys: str) -> Iterator[dict[str, Any]]:
+    """The objects of a list from a JSON file, each with these keys."""
+    if not isinstance(rows, list):
+        raise ConfigError(f"{path}: is a JSON {type(rows).__name__}, not a list of objects with {', '.join(keys)}")
+    for number, row in enumerate(rows, start=1):
+        lacks = [key for key in keys if not isinstance(row, dict) or key not in row]
+        if lacks:
+            raise ConfigError(f"{path}: entry {number} has no {lacks[0]}")
+        yield row
 
 
 def _json(path: Path) -> Any:

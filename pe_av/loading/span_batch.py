@@ -14,7 +14,8 @@ class SpanCollate:
 
     It is a dict: "inputs" of `PEAudioFrame` (empty without rows), "targets" (B, T) bool, whether the middle of a
     position lies in one of the spans, "mask" (B, T) bool, False where a row is padded, and "captions" (B,) int64, the
-    `caption_key` of each. "ids", "read", "bad" and "partial" are those of `loading.batch`.
+    `caption_key` of each, and "spans" a list of those of each. "ids", "read", "bad" and "partial" are those of
+    `loading.batch`.
 
     Args:
         seconds_per_position: of the model.
@@ -41,6 +42,7 @@ class SpanCollate:
             "targets": targets,
             "mask": positions < torch.tensor(lengths, dtype=torch.int64)[:, None],
             "captions": torch.tensor([caption_key(item["caption"]) for item in clips], dtype=torch.int64),
+            "spans": [item["spans"] for item in clips],
             "ids": [item["id"] for item in clips],
             **reading_report(items),
         }

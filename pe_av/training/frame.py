@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from tokenizers import Tokenizer
@@ -22,6 +21,7 @@ from pe_av.config.compose import run_command
 from pe_av.data.span_demo import prepare_span_demo
 from pe_av.data.spans import SpanClip, SpanReader, read_span_manifest
 from pe_av.device import to_device
+from pe_av.evaluation.events import event_metrics, plot_recordings
 from pe_av.evaluation.localization import localization_metrics
 from pe_av.loading.loader import Loader, load_into_memory
 from pe_av.loading.sampler import BatchSampler
@@ -35,7 +35,10 @@ from pe_av.training.span_loss import gather_rows, span_loss, sum_gradient
 from pe_av.training.task import Evaluation
 from pe_av.training.trainer import train
 
-FIGURES = ("AP", "F1", "best F1", "IoU")
+FIGURES = ("AP", "F1", "best F1", "IoU", "event F1", "best event F1", "PSDS 0.7")
+SHOWN = ("AP", "chance AP", "AUROC", "best F1", "best event F1", "PSDS 0.7", "IoU", "loss")  # in a line for people
+THRESHOLD = 0.5  # of the probability
+DRAWN = 4  # recordings
 
 
 class SpanDetection:
@@ -50,6 +53,7 @@ class SpanDetection:
         manifests = prepare_span_demo(config.demo) if demo else (Path(config.train), Path(config.eval))
         train_clips, eval_clips = (read_span_manifest(path) for path in manifests)
         self.items = len(train_clips) + len(eval_clips)
+        self.eval_clips = {clip.id: clip for clip in eval_clips}
         if len(train_clips) < config.batch_size:
             raise ConfigError(f"{len(train_clips)} recordings do not fill batch_size={config.batch_size}: lower it")
         self.model, self.processor = self._model(train_clips, tokenizer)
@@ -112,7 +116,7 @@ class SpanDetection:
 
     @torch.no_grad()
     def evaluate(self, embedder: nn.Module, folder: Path, step: int, history: list[dict[str, Any]]) -> Evaluation:
-        """Average precision, F1 and IoU on held-out recordings, the first few of them drawn in `spans.png`."""
+        """The figures of `localization` and `events` on held-out recordings, the first few drawn in `spans.png`."""
         was_training = embedder.training
         embedder.eval()
         console = Console(stderr=True, quiet=rank() > 0)
@@ -126,14 +130,16 @@ class SpanDetection:
         rows = [row for batch in batches for row in batch["rows"]]
         if not rows:
             raise ConfigError("none of the recordings to evaluate on can be read: see bad_items.jsonl")
-        scores, targets = zip(*rows, strict=True)
+        ids, scores, targets, spans = zip(*rows, strict=True)
         losses = [batch["loss"] for batch in batches if batch["loss"] is not None]
-        metrics = localization_metrics(scores, targets, threshold=0.5) | {"loss": sum(losses) / len(losses)}
+        metrics = localization_metrics(scores, targets, THRESHOLD)
+        metrics |= event_metrics(scores, spans, self.model.seconds_per_position, THRESHOLD)
+        metrics["loss"] = sum(losses) / len(losses)
         if rank() == 0:
-            self._draw(scores, targets, folder / "spans.png")
+            self._draw(ids, scores, folder / "spans.png")
         return Evaluation(
             metrics=metrics,
-            figures={name: metrics[name] for name in FIGURES} | {"held_out_loss": metrics["loss"]},
+            figures={name: metrics[name] for name in FIGURES if name in metrics} | {"held_out_loss": metrics["loss"]},
             line=_line(metrics),
             read=sum(batch["read"] for batch in batches),
             bad=sum((batch["bad"] for batch in batches), []),
@@ -156,7 +162,7 @@ class SpanDetection:
         return to_device({name: batch[name] for name in ("targets", "mask", "captions")}, self.device)
 
     def _evaluate_batch(self, embedder: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-        """Evaluate one batch of this rank: "loss", "rows" of (probabilities, targets), and what was read of it."""
+        """Evaluate one batch of this rank: "loss", "rows" of (id, probabilities, targets, spans), and what was read."""
         result = {name: batch[name] for name in ("read", "bad", "partial", "cut")} | {"rows": [], "loss": None}
         (micro_batch,) = self.split(batch, None) or [None]
         own = [] if micro_batch is None else self.passes_of(micro_batch)
@@ -170,7 +176,10 @@ class SpanDetection:
             )
             result["loss"] = loss.item()
             probability, lengths = embeds["logits"].float().sigmoid().cpu(), batch["mask"].sum(1).tolist()
-            result["rows"] = [(probability[i, :n], batch["targets"][i, :n]) for i, n in enumerate(lengths)]
+            result["rows"] = [
+                (batch["ids"][i], probability[i, :n], batch["targets"][i, :n], batch["spans"][i])
+                for i, n in enumerate(lengths)
+            ]
         return result
 
     def _model(self, clips: Sequence[SpanClip], tokenizer: str | None) -> tuple[PEAudioFrame, Processor]:
@@ -207,17 +216,16 @@ class SpanDetection:
         collate = SpanCollate(self.processor, self.model.seconds_per_position)
         return Loader(items, read, sampler, collate, workers, config.time_limit, self.device.type == "cuda")
 
-    def _draw(self, scores: Sequence[Tensor], targets: Sequence[Tensor], path: Path) -> None:
-        """Probability and target over time, of the first six recordings."""
-        figure = Figure(figsize=(9, 6), layout="constrained")
-        for axis, score, target in zip(figure.subplots(6, 1, sharex=True), scores, targets, strict=False):
-            seconds = torch.arange(len(score)) * self.model.seconds_per_position
-            axis.fill_between(seconds, target.float(), step="post", color="tab:green", alpha=0.3, label="asked for")
-            axis.step(seconds, score, where="post", color="tab:blue", label="probability")
-            axis.set_ylim(0, 1)
-        figure.axes[0].legend(loc="upper right")
-        figure.axes[-1].set_xlabel("seconds")
-        figure.savefig(path)
+    def _draw(self, ids: Sequence[str], scores: Sequence[Tensor], path: Path) -> None:
+        """The first recordings, whose sound is read again: a batch may hold features instead."""
+        read, recordings = SpanReader(self.processor, self.config.max_seconds), []
+        rate = self.model.config.audio.codec.sampling_rate
+        for name, score in zip(ids[:DRAWN], scores, strict=False):
+            item = read(self.eval_clips[name])
+            if "waveform" in item:
+                recordings.append(item | {"sampling_rate": rate, "scores": score})
+        if recordings:
+            plot_recordings(recordings, path, self.model.seconds_per_position, THRESHOLD)
 
 
 class FrameEmbedder(nn.Module):
@@ -235,7 +243,7 @@ class FrameEmbedder(nn.Module):
 
 
 def _line(metrics: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.3g}" for name, value in metrics.items())
+    return "  ".join(f"{name} {metrics[name]:.3g}" for name in SHOWN if name in metrics)
 
 
 def main(config: SpanTrainConfig, folder: Path) -> None:

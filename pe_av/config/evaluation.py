@@ -1,0 +1,109 @@
+"""The settings of evaluations beside retrieval: zero-shot classification, probes, and localization."""
+
+from dataclasses import dataclass, field, fields
+
+from pe_av.config.checks import one_of, require
+from pe_av.config.data import DataConfig, SpanDemoConfig
+
+MODALITIES = ("audio", "video", "audio_video")
+
+
+@dataclass
+class LabelledConfig:
+    """What classification and probes share."""
+
+    checkpoint: str = "???"  # The folder of a native checkpoint.
+    data: DataConfig = field(default_factory=DataConfig)
+    # What clips are classified by, such as [audio, audio_video]; null: all that model and clips have.
+    modalities: list[str] | None = None
+    batch_size: int = 64  # Of one rank.
+    device: str = "auto"  # A device of PyTorch, such as cuda or cpu; auto: cuda if there is a GPU.
+    precision: str = "fp32"  # fp32 | bf16 (autocast) | auto (bf16 on a GPU that computes in it, else fp32)
+    max_bad_fraction: float = 0.05  # Stop when a larger fraction of the items read so far is damaged.
+    timeout_minutes: float = 10.0  # When ranks have waited for one of them for this long, the evaluation ends.
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"batch_size={self.batch_size} is not positive")
+        one_of("precision", self.precision, ("auto", "fp32", "bf16"))
+        for name in self.modalities or ():
+            one_of("modalities", name, MODALITIES)
+        require(self.modalities != [], "modalities=[] leaves nothing to classify by: name some, or null for all")
+
+
+@dataclass
+class PromptsConfig:
+    """The sentences that stand for a class, by what they are compared with; `{}` is the place of its label."""
+
+    audio: list[str] = field(default_factory=lambda: ["{}"])
+    video: list[str] = field(default_factory=lambda: ["{}"])
+    audio_video: list[str] = field(default_factory=lambda: ["{}"])
+
+    def __post_init__(self) -> None:
+        for modality in (one.name for one in fields(self)):
+            templates = getattr(self, modality)
+            require(bool(templates), f"prompts.{modality} is empty: give at least one template, such as '{{}}'")
+            for template in templates:
+                places = template.count("{}")
+                require(
+                    places == 1 and "{" not in template.replace("{}", "") and "}" not in template.replace("{}", ""),
+                    f"prompts.{modality}: {template!r} must have exactly one place for the label, written {{}}, and no "
+                    f"other braces; it has {places} places",
+                )
+
+
+@dataclass
+class ClassifyConfig(LabelledConfig):
+    """`python -m pe_av.evaluation.classification`: zero-shot classification."""
+
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)  # configs/prompts; by default those of `data`.
+    # A text file with the label of one class a line. null: classes.txt beside the manifest, which the recipes write;
+    # where there is none, the labels of the clips.
+    classes: str | None = None
+
+
+@dataclass
+class ProbeConfig(LabelledConfig):
+    """`python -m pe_av.evaluation.probe`: a linear probe and nearest neighbours on frozen embeddings."""
+
+    # Strengths of the inverse regularization of the linear probe, and numbers of neighbours. Those that are best on the
+    # validation part of the training clips are used.
+    inverse_regularization: list[float] = field(default_factory=lambda: [0.001, 0.01, 0.1, 1.0, 10.0, 100.0])
+    neighbours: list[int] = field(default_factory=lambda: [1, 5, 10, 20])
+    validation: float = 0.2  # The fraction of each class's training clips that is held out to choose by.
+    max_iterations: int = 1000  # Of the solver of the linear probe.
+    seed: int = 0  # Decides which clips are held out.
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("inverse_regularization", "neighbours"):
+            values = getattr(self, name)
+            require(bool(values) and min(values) > 0, f"{name}={values} must be positive numbers, at least one")
+        require(0 < self.validation < 1, f"validation={self.validation} is not between 0 and 1")
+        require(self.max_iterations >= 1, f"max_iterations={self.max_iterations} is not positive")
+        require(self.seed >= 0, f"seed={self.seed} is negative")
+
+
+@dataclass
+class LocalizeConfig:
+    """`python -m pe_av.evaluation.localization`: when is it heard? With a PEAudioFrame."""
+
+    checkpoint: str = "???"  # The folder of a native checkpoint.
+    # Manifest: JSONL of {"path", "caption", "spans": [[start_s, end_s], …]}. null: the demo's held-out recordings.
+    eval: str | None = None
+    demo: SpanDemoConfig = field(default_factory=SpanDemoConfig)
+    threshold: float = 0.5  # Positions with a higher probability are marked.
+    drawn: int = 4  # The number of recordings in spans.png, the first ones.
+    max_seconds: float = 30.0  # Longer recordings are cut to their beginning.
+    num_workers: int = 2  # Processes that decode while the model computes; 0: decode in the same process.
+    time_limit: float = 60.0  # Seconds that a worker may take for one recording.
+    batch_size: int = 64  # Of one rank.
+    device: str = "auto"  # A device of PyTorch, such as cuda or cpu; auto: cuda if there is a GPU.
+    precision: str = "fp32"  # fp32 | bf16 (autocast) | auto (bf16 on a GPU that computes in it, else fp32)
+    max_bad_fraction: float = 0.05  # Stop when a larger fraction of the recordings read so far is damaged.
+    timeout_minutes: float = 10.0  # When ranks have waited for one of them for this long, the evaluation ends.
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"batch_size={self.batch_size} is not positive")
+        require(0 <= self.threshold <= 1, f"threshold={self.threshold} is not a probability")
+        require(self.drawn >= 0, f"drawn={self.drawn} is negative")
+        one_of("precision", self.precision, ("auto", "fp32", "bf16"))
