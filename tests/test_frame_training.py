@@ -109,6 +109,7 @@ def test_a_run_leaves_everything_that_is_promised(tmp_path: Path, run):
         "best threshold",
         "bad_items",
         "chance AP",
+        "cut_items",
         "loss",
         "partial_items",
         "recordings",
