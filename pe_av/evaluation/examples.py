@@ -148,9 +148,7 @@ def _outline(waveform: Tensor) -> str:
     """(samples,) -> the outline of the waveform, forth along the maxima and back along the minima."""
     bins = waveform[torch.linspace(0, len(waveform) - 1, max(BINS, len(waveform) // BINS * BINS)).long()].view(BINS, -1)
     loudest = max(waveform.abs().max().item(), 1e-3)
-    high, low = (
-        (HALF - HALF * bound / loudest).round().int().tolist() for bound in (bins.amax(1), bins.amin(1))
-    )
+    high, low = ((HALF - HALF * bound / loudest).round().int().tolist() for bound in (bins.amax(1), bins.amin(1)))
     points = [*enumerate(high), *reversed(list(enumerate(low)))]
     return "M" + "L".join(f"{x} {y}" for x, y in points) + "Z"
 

@@ -4,7 +4,7 @@ same tables as text. The page is laid out by report.html.jinja."""
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import yaml
 from matplotlib.image import imsave
 from torch import Tensor
 
-from pe_av.config import PAIRINGS
+from pe_av.config import PAIRINGS, EvalConfig
 from pe_av.data.manifest import Manifest
 from pe_av.evaluation.embedder import EmbeddedClips
 from pe_av.evaluation.examples import (
@@ -44,17 +44,25 @@ FIGURES = {"R@1": 1, "R@5": 1, "R@10": 1, "mAP@10": 1, "MedR": 0, "MeanR": 1, "M
 class Evaluation:
     """Everything that a report tells of one evaluation."""
 
-    name: str  # of the checkpoint, as the user gave it
-    data: str  # of the data set, for the heading
+    config: EvalConfig
     metrics: Mapping[str, Mapping[str, Any]]  # direction -> `retrieval_metrics`
+    reweighted: Mapping[str, Mapping[str, Any]]  # the same by the original's protocol; may be empty
     ranked: Mapping[str, Ranked]
     embedded: EmbeddedClips
     manifest: Manifest
-    max_seconds: float
-    cosine: bool = False
-    reweighted: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by the original's protocol
-    corpus: str | None = None  # whose published figures stand beside these
-    setting: Mapping[str, Any] = field(default_factory=dict)  # what changes a score, for the record
+    setting: Mapping[str, Any]  # what changes a score, for the record
+
+    @property
+    def data(self) -> str:
+        """What the data set is called."""
+        data = self.config.data
+        named = {"stamps": data.stamps, "demo world": data.demo}  # in the order in which `open_manifest` looks
+        name = data.corpus or next((name for name, given in named.items() if given is not None), None)
+        return name or " ".join(filter(None, (data.eval, data.eval_split)))
+
+    @property
+    def cosine(self) -> bool:
+        return self.config.protocol == "cosine"
 
 
 def write_report(evaluation: Evaluation, folder: Path) -> None:
@@ -72,7 +80,7 @@ def html(evaluation: Evaluation, page_bytes: int = PAGE_BYTES) -> str:
         for direction, ranked in evaluation.ranked.items()
     }
     clips = clips_of_rows(embedded, evaluation.manifest, shown_rows(examples))
-    pictures = {row: picture_of(clip, evaluation.max_seconds) for row, clip in clips.items()}
+    pictures = {row: picture_of(clip, evaluation.config.data.max_seconds) for row, clip in clips.items()}
     captions = {row: _first_caption(embedded, row) for row in clips}
     bound, maps = heat_maps(embedded.embeds, embedded.valid)
 
@@ -119,7 +127,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["shortened"] = shortened
+    environment.filters |= {"shortened": shortened, "log10": math.log10}
     return environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
 
 
@@ -135,18 +143,17 @@ def _first_caption(embedded: EmbeddedClips, row: int) -> str | None:
 def table(evaluation: Evaluation) -> dict[str, Any]:
     """{"columns": names, "rows": [(direction, cells)]}; a cell is (value, interval or None), both as text."""
     columns = ["R@1", *(["R@1 re-weighted"] if evaluation.reweighted else []), "chance", *list(FIGURES)[1:]]
-    shown = [name for name in columns if name != "mAP@10" or any("mAP@10" in row for row in evaluation.metrics.values())]
     rows = []
     for direction in DIRECTIONS:
         if direction not in evaluation.metrics:
             continue
         row = evaluation.metrics[direction]
         cells = []
-        for name in shown:
+        for name in columns:
             source, key = (evaluation.reweighted.get(direction, {}), "R@1") if "re-weighted" in name else (row, name)
             cells.append(("–", None) if key not in source else _cell(source, key))
         rows.append((direction, [*cells, (str(row["queries"]), None), (str(row["gallery"]), None)]))
-    return {"columns": [*shown, "queries", "gallery"], "rows": rows}
+    return {"columns": [*columns, "queries", "gallery"], "rows": rows}
 
 
 def _cell(row: Mapping[str, Any], name: str) -> tuple[str, str | None]:
@@ -228,14 +235,20 @@ def published_table(evaluation: Evaluation) -> dict[str, Any]:
         end, "source"}.
     """
     columns, rows = published()["retrieval"]["columns"], published()["retrieval"]["rows"]
-    chosen = [i for i, column in enumerate(columns) if column["corpus"] == evaluation.corpus]
+    chosen = [i for i, column in enumerate(columns) if column["corpus"] == evaluation.config.data.corpus]
     own: list[tuple[str, str, list[str]]] = []
     if chosen:
         plain = "cosine" if evaluation.cosine else "dot product"
         for protocol, metrics in (("re-weighted", evaluation.reweighted), (plain, evaluation.metrics)):
             found = [metrics.get(columns[i]["direction"], {}).get("R@1") for i in chosen]
             if metrics:
-                own.append((evaluation.name, protocol, ["–" if value is None else f"{value:.1f}" for value in found]))
+                own.append(
+                    (
+                        evaluation.config.checkpoint,
+                        protocol,
+                        ["–" if value is None else f"{value:.1f}" for value in found],
+                    )
+                )
     shown = chosen or range(len(columns))
     published_rows = [(model, "re-weighted", [f"{values[i]:.1f}" for i in shown]) for model, values in rows.items()]
     headings = [f"{columns[i]['corpus']} {columns[i]['direction'].replace('->', ' → ')}" for i in shown]
@@ -250,7 +263,7 @@ def published_table(evaluation: Evaluation) -> dict[str, Any]:
 def markdown(evaluation: Evaluation) -> str:
     """The tables of the report, for a paper or an issue."""
     figures = table(evaluation)
-    lines = [f"# Zero-shot retrieval: {_plain(evaluation.name)} on {_plain(evaluation.data)}", ""]
+    lines = [f"# Zero-shot retrieval: {_plain(evaluation.config.checkpoint)} on {_plain(evaluation.data)}", ""]
     cells = [
         [direction.replace("->", " → ")] + [f"{v} [{i}]" if i else v for v, i in row]
         for direction, row in figures["rows"]
@@ -263,7 +276,12 @@ def markdown(evaluation: Evaluation) -> str:
         ["model", "protocol", *beside["columns"]], [[model, protocol, *row] for model, protocol, row in beside["rows"]]
     )
     if evaluation.setting:
-        lines += ["", "Setting:", "", *markdown_table(["setting", "value"], [[k, v] for k, v in evaluation.setting.items()])]
+        lines += [
+            "",
+            "Setting:",
+            "",
+            *markdown_table(["setting", "value"], [[k, v] for k, v in evaluation.setting.items()]),
+        ]
     return "\n".join(lines) + "\n"
 
 
