@@ -114,14 +114,15 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def different_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """The settings in which not all runs agree: dotted key -> the value in each run, "–" where it has none."""
+    """The settings in which not all runs agree: dotted key -> the value in each run, "–" if there is none."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
-    values = {key: [_text(run.settings[key]) if key in run.settings else "–" for run in runs] for key in keys}
+    # a setting that an older version did not have is like one that is null
+    values = {key: [_text(run.settings.get(key)) for run in runs] for key in keys}
     return {key: row for key, row in values.items() if len(set(row)) > 1}
 
 
 def _text(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return "–" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
@@ -146,7 +147,7 @@ def plot_runs(runs: Sequence[Run], path: str | Path) -> None:
     columns = min(4, 1 + len(directions))
     rows = -(-(1 + len(directions)) // columns)
     figure = Figure(figsize=(3.4 * columns, 2.6 * rows + 0.3), dpi=130, layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True).flat)
     colours = colormaps["tab10" if len(runs) <= 10 else "turbo"]
     for panel, direction in zip(panels, [None, *directions], strict=False):
         panel.set_title("training loss" if direction is None else f"R@1 of {direction} (%)", fontsize="medium")
@@ -159,13 +160,15 @@ def plot_runs(runs: Sequence[Run], path: str | Path) -> None:
                     width = max(1, len(values) // 40)  # a running mean: single steps are noisy
                     values = np.convolve(values, np.full(width, 1 / width), mode="valid")
                     steps = steps[width // 2 :][: len(values)]
-                panel.plot(steps, values, marker=None if direction is None else ".", color=colour, label=run.name)
+                panel.plot(steps, values, marker="." if len(values) < 20 else None, color=colour, label=run.name)
         if direction is not None:
             panel.set_ylim(0, 102)
         panel.grid(color="0.9")
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
-    for panel in panels:  # those that are left over
+        panel.xaxis.set_tick_params(labelbottom=True)
+        panel.set_xlabel("step", fontsize="small")
+    for panel in panels[1 + len(directions) :]:
         panel.set_axis_off()
     lines = {line.get_label(): line for panel in figure.axes for line in panel.get_lines()}
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(len(runs), 4), frameon=False)

@@ -128,6 +128,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters |= {"shortened": shortened, "log10": math.log10}
+    environment.filters["signed"] = lambda value: f"{value:z.2f}".replace("-", "−")
     return environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
 
 
@@ -231,8 +232,8 @@ def published_table(evaluation: Evaluation) -> dict[str, Any]:
     rows below.
 
     Returns:
-        {"columns": headings, "rows": [(model, protocol, cells as text)], "own": number of the evaluation's rows at the
-        end, "source"}.
+        {"columns": [(corpus, direction)], "rows": [(model, protocol, cells as text)], "own": number of the evaluation's
+        rows at the end, "source"}.
     """
     columns, rows = published()["retrieval"]["columns"], published()["retrieval"]["rows"]
     chosen = [i for i, column in enumerate(columns) if column["corpus"] == evaluation.config.data.corpus]
@@ -251,7 +252,7 @@ def published_table(evaluation: Evaluation) -> dict[str, Any]:
                 )
     shown = chosen or range(len(columns))
     published_rows = [(model, "re-weighted", [f"{values[i]:.1f}" for i in shown]) for model, values in rows.items()]
-    headings = [f"{columns[i]['corpus']} {columns[i]['direction'].replace('->', ' → ')}" for i in shown]
+    headings = [(columns[i]["corpus"], columns[i]["direction"].replace("->", " → ")) for i in shown]
     return {
         "columns": headings,
         "rows": published_rows + own,
@@ -273,7 +274,8 @@ def markdown(evaluation: Evaluation) -> str:
     lines += [f"R@1 in percent beside published figures ({published()['source']}):", ""]
     beside = published_table(evaluation)
     lines += markdown_table(
-        ["model", "protocol", *beside["columns"]], [[model, protocol, *row] for model, protocol, row in beside["rows"]]
+        ["model", "protocol", *map(" ".join, beside["columns"])],
+        [[model, protocol, *row] for model, protocol, row in beside["rows"]],
     )
     if evaluation.setting:
         lines += [
