@@ -1,14 +1,11 @@
 """Exact ranks, average precision, intervals and protocols against double loops; what an evaluation records."""
 
 import json
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from processes import Ranks
 from scipy.stats import bootstrap
 from test_media import write_frames, write_wav
 from test_processor import make_config, make_tokenizer
@@ -18,7 +15,6 @@ from torchmetrics.retrieval import RetrievalMAP
 from pe_av.config import ConfigError, DataConfig, EvalConfig
 from pe_av.data.clips import ClipReader
 from pe_av.data.manifest import Clip, read_manifest
-from pe_av.device import pick_device
 from pe_av.evaluation.embedder import EmbeddedClips
 from pe_av.evaluation.figures import average_precision_at_10, intervals
 from pe_av.evaluation.metrics import evaluate_embeddings
@@ -27,7 +23,6 @@ from pe_av.evaluation.retrieval import check_embedded
 from pe_av.loading.bad_items import BadItems
 from pe_av.loading.batch import Collate
 from pe_av.media.processor import Processor
-from pe_av.ranks import process_group, rank
 
 QUERIES, ITEMS = 47, 41
 
@@ -210,34 +205,6 @@ def test_equal_items_tie_when_reweighted():
     target = torch.arange(30)[:, None]
     counts = [sum(s >= row[i] - 1e-12 for s in row) - 1 for i, row in enumerate(expected.tolist())]
     assert others_at_or_above(scores, target, query_block=7, item_block=2)[:, 0].tolist() == counts
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# several ranks
-
-
-@dataclass
-class Nothing:
-    """Ranks need no settings here."""
-
-
-def evaluate_on_ranks(config: dict[str, Any], folder: Path) -> None:
-    torch.manual_seed(0)
-    with process_group(pick_device("cpu"), 5):
-        embeds, texts = {name: torch.randn(1100, 8) for name in ("audio", "text_audio")}, torch.randn(4400, 8)
-        captions = torch.randperm(4400).reshape(1100, 4)
-        found = {
-            protocol: evaluate_embeddings(embeds, None, {"text_audio": texts}, captions, True, protocol)
-            for protocol in ("dot", "cosine", "reweighted")
-        }
-        (folder / f"found-{rank()}.json").write_text(json.dumps(found))
-
-
-def test_figures_are_equal_to_the_bit_on_any_number_of_ranks(tmp_path):
-    for ranks in (1, 2, 3):
-        Ranks(ranks, Nothing(), tmp_path / str(ranks), evaluate_on_ranks).finish()
-    texts = {path.read_text() for path in tmp_path.glob("*/found-*.json")}
-    assert len(texts) == 1 and len(list(tmp_path.glob("*/found-*.json"))) == 6
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def test_bad_items_are_counted_once_each(tmp_path: Path):
     again = BadItems(tmp_path, total=20, max_fraction=0.5, state=again.state_dict())
     assert list(again.reasons["bad"]) == ["a", "b", "d"] and again.seen == 20
     # what a run without a state finds there is of another one
-    assert BadItems(tmp_path, total=20, max_fraction=0.5).reasons == {"bad": {}, "partial": {}}
+    assert BadItems(tmp_path, total=20, max_fraction=0.5).reasons == {"bad": {}, "partial": {}, "cut": {}}
     assert not (tmp_path / "bad_items.jsonl").exists()
 
 
