@@ -40,13 +40,13 @@ class EmbeddedClips:
     valid: dict[str, Tensor]  # name -> (N,) bool, whether the clip has it; if not, its row means nothing
     keys: dict[str | None, Tensor]  # kind of caption -> (N,) int64, equal where captions are equal
     texts: dict[str, Tensor]  # name of an embedding of text alone -> (T, D)
-    sentences: list[str]  # the T captions
     ids: list[str]  # of the N clips
     captions: Tensor  # (N, M) int64, which of the T texts are captions of each clip, padded with -1
     read: int  # number of items that were read
     bad: list[dict[str, Any]]  # {"id", "error"} of the damaged items
     partial: list[dict[str, Any]]  # {"id", "error"} of the partial items
     cut: list[dict[str, Any]]  # {"id", "error", "seconds"} of the items that were longer than data.max_seconds
+    sentences: list[str]  # the T captions
 
 
 @torch.no_grad()
@@ -99,13 +99,13 @@ def embed_clips(
         valid={name: torch.cat([info["valid"][name] for info in infos]) for name in embeddings},
         keys={kind: torch.cat([info["caption_keys"][kind] for info in infos]) for kind in infos[0]["caption_keys"]},
         texts=joined(texts, [len(chunk) for chunk in chunks]),
-        sentences=different,
         ids=[name for info in infos for name in info["ids"]],
         captions=pad_sequence(captions, batch_first=True, padding_value=-1) if captions else torch.empty(0, 0),
         read=sum(info["read"] for info in infos),
         bad=[item for info in infos for item in info["bad"]],
         partial=[item for info in infos for item in info["partial"]],
         cut=[item for info in infos for item in info["cut"]],
+        sentences=different,
     )
 
 

@@ -109,7 +109,9 @@ def html(evaluation: Evaluation, page_bytes: int = PAGE_BYTES) -> str:
     for row, clip in clips.items():
         files, reason = playable(clip)
         cost = sum(4 * math.ceil(path.stat().st_size / 3) + 64 for _, path in files)
-        if files and cost > left:
+        if files and not pictures[row]:
+            files, reason = [], "damaged"
+        elif files and cost > left:
             files, reason = [], f"beyond the {page_bytes / 1e6:g} MB of this page"
         if files:
             left -= cost
