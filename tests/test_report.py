@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 
 from pe_av.config import DataConfig, EvalConfig
-from pe_av.config.compose import config_dir, read_yaml
+from pe_av.config.compose import config_dir
 from pe_av.data.manifest import Clip, Manifest
 from pe_av.data.rendering import write_mp4
 from pe_av.evaluation.embedder import EmbeddedClips
@@ -284,7 +285,8 @@ def test_corpora_with_published_figures_are_those_of_the_recipes():
     recipes = {path.stem for path in (config_dir() / "data").glob("*.yaml")}
     assert named <= recipes
     for name in recipes:
-        assert read_yaml(DataConfig, config_dir() / "data" / f"{name}.yaml").corpus == (name if name in named else None)
+        recipe = yaml.safe_load((config_dir() / "data" / f"{name}.yaml").read_text())
+        assert recipe.get("corpus") == (name if name in named else None)
 
 
 def test_heat_maps_show_the_cosines(evaluation: Evaluation, page: Page):
