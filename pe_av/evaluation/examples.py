@@ -35,7 +35,7 @@ IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}  # videos of one fra
 
 
 def pick_examples(direction: str, ranked: Ranked, embedded: EmbeddedClips, cosine: bool) -> list[dict[str, Any]]:
-    """The queries of a direction with the highest ranks, clearest first, and then those with the lowest, worst first.
+    """The queries of a direction that were answered best, clearest first, and then those answered worst, worst first.
 
     Returns:
         one {"query": side, "rank": of its own, "best": bool, "found": list of items} for each query. An item is
@@ -48,27 +48,26 @@ def pick_examples(direction: str, ranked: Ranked, embedded: EmbeddedClips, cosin
     if cosine:
         queries, items = F.normalize(queries, dim=1), F.normalize(items, dim=1)
 
-    def scores(query: int) -> Tensor:
-        return (items.double() @ queries[query].double()) if len(items) < 10_000 else (items @ queries[query]).double()
-
-    def true_items(query: int) -> Tensor:
-        return ranked.target[query][ranked.target[query] >= 0].unique()
-
-    def margin(query: int) -> float:
-        values, true = scores(query), true_items(query)
-        best = values[true].max()
-        values[true] = -torch.inf
-        return (best - values.max()).item()
-
     order = ranked.ranks.argsort(stable=True)
     first = order[ranked.ranks[order] == 1]
     candidates = first[:: max(1, -(-len(first) // CANDIDATES))].tolist()
+    last = order.flip(0)[: WORST + BEST].tolist()
+    looked_at = list(dict.fromkeys(candidates + last))
+    # float64 tells near ties apart, and is affordable where the gallery is small
+    dtype = torch.float64 if len(items) < 10_000 else torch.float32
+    scores = dict(zip(looked_at, queries[looked_at].to(dtype) @ items.to(dtype).T, strict=True))
+    true = {query: ranked.target[query][ranked.target[query] >= 0].unique() for query in looked_at}
+
+    def margin(query: int) -> float:
+        others = scores[query].index_fill(0, true[query], -torch.inf)
+        return (scores[query][true[query]].max() - others.max()).item()
+
     best = sorted(candidates, key=margin, reverse=True)[:BEST]
-    worst = [query for query in order.flip(0).tolist()[:WORST] if query not in best]
+    worst = [query for query in last if query not in best][:WORST]
     shown = []
     for query in best + worst:
-        values, true = scores(query), true_items(query)
-        own = int(true[values[true].argmax()])
+        values = scores[query]
+        own = int(true[query][values[true[query]].argmax()])
         found = values.topk(min(FOUND, len(values))).indices.tolist()
         ranks = dict(zip(found, range(1, FOUND + 1), strict=False)) | {own: int(ranked.ranks[query])}
         shown.append(
@@ -81,7 +80,7 @@ def pick_examples(direction: str, ranked: Ranked, embedded: EmbeddedClips, cosin
                         "item": _side(embedded, item_name, int(ranked.items[item])),
                         "score": values[item].item(),
                         "rank": ranks[item],
-                        "true": item in true,
+                        "true": item in true[query],
                     }
                     for item in (found if own in found else [*found, own])
                 ],

@@ -279,13 +279,8 @@ def markdown(evaluation: Evaluation) -> str:
         ["model", "protocol", *map(" ".join, beside["columns"])],
         [[model, protocol, *row] for model, protocol, row in beside["rows"]],
     )
-    if evaluation.setting:
-        lines += [
-            "",
-            "Setting:",
-            "",
-            *markdown_table(["setting", "value"], [[k, v] for k, v in evaluation.setting.items()]),
-        ]
+    setting = [(name, "–" if value is None else value) for name, value in evaluation.setting.items()]
+    lines += ["", "Setting:", "", *markdown_table(["setting", "value"], setting)]
     return "\n".join(lines) + "\n"
 
 
@@ -296,8 +291,7 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> lis
 
 
 def _plain(text: str) -> str:
-    """Text that is nothing but text in a cell of Markdown."""
-    for character in "\\|<>*_`[]":
-        if character in text and character not in "[]_":
-            text = text.replace(character, f"\\{character}")
+    """Text that is nothing but text in a cell of Markdown; underscores and brackets inside words are that already."""
+    for character in "\\|<>*`":
+        text = text.replace(character, f"\\{character}")
     return " ".join(text.split())
