@@ -210,7 +210,7 @@ def _train_frames(config: dict[str, Any], folder: Path) -> None:
 def _evaluate(config: dict[str, Any], folder: Path) -> None:
     from pe_av.evaluation import retrieval
 
-    retrieval.plot_similarity = lambda *_: None
+    retrieval.plot_similarity = retrieval.write_report = lambda *_: None
     retrieval.evaluate_checkpoint(from_dict(EvalConfig, config, source="test"), folder)
 
 

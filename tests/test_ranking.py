@@ -251,7 +251,7 @@ def test_the_hash_of_a_manifest_is_that_of_its_rows(tmp_path):
 def test_embeddings_that_have_no_rank_are_refused_by_name():
     flags = torch.ones(3, dtype=torch.bool)
     rows = torch.tensor([[0.0, 1.0], [0.0, torch.nan], [1.0, 0.0]])
-    clips = EmbeddedClips({"audio": rows}, {"audio": flags}, {}, {}, ["x", "y", "z"], flags[:, None], 3, [], [], [])
+    clips = EmbeddedClips({"audio": rows}, {"audio": flags}, {}, {}, ["x", "y", "z"], flags[:, None], 3, [], [], [], [])
     config = EvalConfig("runs/a/checkpoint", DataConfig(eval="set.jsonl"))
     with pytest.raises(ConfigError, match=r"runs/a/checkpoint: the audio embeddings of 1 clips of set.jsonl .*\(y\)"):
         check_embedded(clips, config)

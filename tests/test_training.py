@@ -93,6 +93,30 @@ def test_evaluation_of_the_checkpoint_gives_the_figures_of_the_run(trained: Path
     assert ours["setting"]["checkpoint_sha256"] == hashlib.sha256(weights).hexdigest()
     assert ours["setting"]["cut_clips"] == theirs["setting"]["cut_clips"] == 0
     assert "text->audio" in done.stdout and "chance" in done.stdout
+    assert (
+        "<h2" in (tmp_path / "report.html").read_text() and "| text → audio |" in (tmp_path / "report.md").read_text()
+    )
+
+
+def test_checkpoints_are_compared_on_several_data_sets(trained: Path, tmp_path: Path, run):
+    """`checkpoint=[…] data=[…]`: one table. Here the two checkpoints are the same model, and so are the data sets."""
+    checkpoints = f"checkpoint=[{trained}/checkpoint,{trained}/best]"
+    world = [f"data.demo.root={trained.parent}/demo", *SMALL[:2], "data.num_workers=0"]
+    quick = ["report=false", "reweighted=false"]
+    done = run("eval.py", checkpoints, "data=[demo,demo]", *world, *quick, f"hydra.sweep.dir={tmp_path}/all")
+    assert done.returncode == 0, done.stderr
+    expected = json.loads((trained / "metrics.json").read_text())
+    both = json.loads((tmp_path / "all" / "comparison.json").read_text())["comparisons"]
+    assert len(both) == 2
+    for comparison in both:
+        assert comparison["checkpoints"] == {name: f"{trained}/{name}" for name in ("checkpoint", "best")}
+        for direction, row in comparison["directions"].items():
+            assert row["R@1"] == dict.fromkeys(("checkpoint", "best"), expected[direction]["R@1"])
+            assert row["difference"] == {"best": {"R@1": 0.0, "ci95": [0.0, 0.0]}}
+    assert "A: checkpoint" in done.stdout and "B: best" in done.stdout
+    assert len((tmp_path / "all" / "comparison.md").read_text().splitlines()) == 2 + 2 * 12 + 2
+    alone = json.loads((tmp_path / "all" / "1" / "best" / "metrics.json").read_text())
+    assert alone["text->audio"]["R@1"] == expected["text->audio"]["R@1"]
 
 
 @pytest.mark.parametrize(
@@ -108,6 +132,7 @@ def test_evaluation_of_the_checkpoint_gives_the_figures_of_the_run(trained: Path
         ("train.py", ["loss.weights.audio_text=-1"], "loss.weights.audio_text=-1"),
         ("eval.py", [], "checkpoint"),
         ("eval.py", ["checkpoint=nowhere"], "nowhere: no such folder; give that of a checkpoint"),
+        ("eval.py", ["checkpoint=[nowhere,else]"], "nowhere: no checkpoint there; give its folder"),
     ],
 )
 def test_a_mistake_on_the_command_line_costs_one_line(

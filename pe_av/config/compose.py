@@ -106,8 +106,8 @@ def check_overrides(schema: type, arguments: Sequence[str]) -> None:
         key = key.lstrip("+~")
         group = config_dir() / key.split("@")[0]
         if group.is_dir():
-            if "," not in value:  # several files, as in a sweep, are left to Hydra
-                one_of(key, value, sorted(path.stem for path in group.glob("*.yaml")))
+            for name in _listed(value) or ([] if "," in value else [value]):  # a sweep is left to Hydra
+                one_of(key, name, sorted(path.stem for path in group.glob("*.yaml")))
         else:
             nested = _nested(key, _value(argument, value))
             _check_keys(schema, nested, source="command line", prefix="")
@@ -145,7 +145,7 @@ def run_command(schema: type, config_name: str, run: Callable[[Any, Path], objec
         check_overrides(schema, sys.argv[1:])
     except ValueError as error:  # a ConfigError; or YAML takes a value for a date, and there is no such date
         sys.exit(f"error: {error}")
-    sys.argv[1:] = _with_named_sections(schema, sys.argv[1:])
+    sys.argv[1:] = _with_sweeps(_with_named_sections(schema, sys.argv[1:]))
     if os.environ.get("RANK", "0") != "0" and not any(one.startswith("hydra.run.dir=") for one in sys.argv):
         # all ranks use rank 0's folder; the default, named after the time, could differ from rank to rank
         sys.argv.append("hydra.run.dir=.")
@@ -185,6 +185,22 @@ def _with_named_sections(schema: type, arguments: Sequence[str]) -> list[str]:
             inner = inner.setdefault(part, {})
         inner[last] = value
     return kept + [f"++{mapping}={_literal(inner)}" for mapping, inner in named.items()]
+
+
+def _with_sweeps(arguments: Sequence[str]) -> list[str]:
+    """The overrides with a list of files of a group, data=[x,y], as a sweep over them, -m data=x,y. Hydra would merge
+    the files, of which the later would replace the earlier."""
+    swept = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        names = _listed(value) if (config_dir() / key).is_dir() else []
+        swept.append(f"{key}={','.join(names)}" if names else argument)
+    return swept if swept == list(arguments) or {"-m", "--multirun"} & set(swept) else ["--multirun", *swept]
+
+
+def _listed(value: str) -> list[str]:
+    """The names in "[x,y]"; [] if the value is no list."""
+    return [name.strip() for name in value[1:-1].split(",")] if value.startswith("[") and value.endswith("]") else []
 
 
 def _mapping_above(schema: type, key: str) -> str | None:

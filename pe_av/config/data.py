@@ -44,6 +44,7 @@ class DataConfig:
     eval: str | None = None  # Manifest to evaluate on.
     train_split: str | None = None  # Train only on the rows of this split; null: on all.
     eval_split: str | None = None  # Evaluate only on the rows of this split; null: on all.
+    corpus: str | None = None  # The public corpus that `eval` is, whose published figures stand in reports.
 
     # Instead of `train`: several sets, each with a name of your choice, drawn in proportion to their weights.
     mix: dict[str, MixConfig] = field(default_factory=dict)

@@ -46,6 +46,7 @@ class EmbeddedClips:
     bad: list[dict[str, Any]]  # {"id", "error"} of the damaged items
     partial: list[dict[str, Any]]  # {"id", "error"} of the partial items
     cut: list[dict[str, Any]]  # {"id", "error", "seconds"} of the items that were longer than data.max_seconds
+    sentences: list[str]  # the T captions
 
 
 @torch.no_grad()
@@ -104,6 +105,7 @@ def embed_clips(
         bad=[item for info in infos for item in info["bad"]],
         partial=[item for info in infos for item in info["partial"]],
         cut=[item for info in infos for item in info["cut"]],
+        sentences=different,
     )
 
 

@@ -12,6 +12,8 @@ The protocols differ in the score of a pair:
   There a caption of n clips is n queries and stands in the gallery n times, each with all n clips as true items.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,20 @@ DIRECTIONS: dict[str, tuple[str, str]] = {
 }
 
 
+@dataclass
+class Ranked:
+    """What one direction compared, and the ranks that came of it; all on the CPU.
+
+    Queries and items are numbers of captions (rows of `texts`) where that side is text alone and `texts` was given, and
+    else numbers of clips (rows of `embeds`).
+    """
+
+    queries: Tensor  # (Q,)
+    items: Tensor  # (G,)
+    target: Tensor  # (Q, M) which of the G items are true, padded with -1
+    ranks: Tensor  # (Q,) 1-based, of the best true item
+
+
 def evaluate_embeddings(
     embeds: dict[str, Tensor],
     valid: dict[str, Tensor] | None = None,
@@ -43,6 +59,7 @@ def evaluate_embeddings(
     shared: bool = False,
     protocol: str = "dot",
     intervals: bool = False,
+    ranked: dict[str, Ranked] | None = None,
 ) -> dict[str, dict[str, float | int]]:
     """Retrieval in every direction of which both embeddings are given.
 
@@ -56,6 +73,7 @@ def evaluate_embeddings(
         shared: all ranks call this with the same arguments and share the work.
         protocol: dot | cosine | reweighted, as the head of this module says.
         intervals: also give 95 % intervals; queries with the same first true item are resampled together.
+        ranked: filled with what each direction compared, except by the protocol "reweighted".
     Returns:
         direction, such as "text->audio" -> `retrieval_metrics`.
     Raises:
@@ -78,19 +96,22 @@ def evaluate_embeddings(
         if valid and not rows.any():
             continue
         queries, items, target = embeds[query][rows], embeds[gallery][rows], None
+        query_numbers = item_numbers = rows.nonzero().flatten()
         query_copies = copies = None  # how many clips have a caption
         if texts and query in texts:
-            queries, _, target = _used_captions(texts[query], captions[rows])
-            query_copies = (target >= 0).sum(1)
+            query_numbers, _, target = _used_captions(captions[rows])
+            queries, query_copies = texts[query][query_numbers], (target >= 0).sum(1)
         elif texts and gallery in texts:
-            items, target, clips = _used_captions(texts[gallery], captions[rows])
-            copies = (clips >= 0).sum(1)
+            item_numbers, target, clips = _used_captions(captions[rows])
+            items, copies = texts[gallery][item_numbers], (clips >= 0).sum(1)
         try:
             target = checked_target(queries, items, target)
             if protocol == "reweighted":
                 row = _reweighted(queries, items, target, query_copies, copies, shared, intervals)
             else:
-                row = _plain(queries, items, target, protocol == "cosine", shared, intervals)
+                ranks, row = _plain(queries, items, target, protocol == "cosine", shared, intervals)
+                if ranked is not None:
+                    ranked[direction] = Ranked(query_numbers, item_numbers, target.cpu(), ranks.cpu())
         except ValueError as error:
             raise ValueError(f"{direction}: {error}") from error
         metrics[direction] = row
@@ -99,13 +120,15 @@ def evaluate_embeddings(
 
 def _plain(
     queries: Tensor, items: Tensor, target: Tensor, cosine: bool, shared: bool, intervals: bool
-) -> dict[str, float | int]:
+) -> tuple[Tensor, dict[str, float | int]]:
+    """(Q,) ranks, and the figures that follow from them."""
     others = others_at_or_above(DotProducts(queries, items, cosine), target, best=10, shared=shared)
     counts = (distinct_targets(target) >= 0).sum(1)
     precisions = average_precision_at_10(others, counts)
     true_items = counts.sum().item() / len(counts)
     units = target.amax(1) if intervals else None
-    return retrieval_metrics(1 + others[:, 0], len(items), true_items, precisions, units)
+    ranks = 1 + others[:, 0]
+    return ranks, retrieval_metrics(ranks, len(items), true_items, precisions, units)
 
 
 def _reweighted(
@@ -136,15 +159,14 @@ def _reweighted(
     return row
 
 
-def _used_captions(texts: Tensor, captions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _used_captions(captions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The captions of some clips, of which each is used at least once.
 
     Args:
-        texts: (T, D) of all captions.
-        captions: (N, M) which of the T texts are captions of each clip, padded with -1.
+        captions: (N, M) which of T texts are captions of each clip, padded with -1.
     Returns:
-        (T', D) of the captions that these clips have, (N, M) which of the T' each clip has, and (T', M') which of the
-        N clips have each; the last two padded with -1.
+        (T',) which of the T texts are their captions, (N, M) which of the T' each clip has, and (T', M') which of the N
+        clips have each; the last two padded with -1.
     """
     used, target = captions.unique(return_inverse=True)
     if used[0] < 0:
@@ -155,4 +177,4 @@ def _used_captions(texts: Tensor, captions: Tensor) -> tuple[Tensor, Tensor, Ten
     counts = caption.bincount(minlength=len(used))
     clips = torch.full((len(used), int(counts.max())), -1)
     clips[caption, torch.arange(len(caption)) - (counts.cumsum(0) - counts)[caption]] = clip
-    return texts[used], target, clips
+    return used, target, clips

@@ -14,7 +14,8 @@ from pe_av.data.clips import open_manifest
 from pe_av.data.manifest import Manifest
 from pe_av.device import computes_in_bf16, pick_device, precision_context
 from pe_av.evaluation.embedder import EmbeddedClips, Embedder, cut_record, embed_clips
-from pe_av.evaluation.metrics import evaluate_embeddings
+from pe_av.evaluation.html_report import Evaluation, write_report
+from pe_av.evaluation.metrics import Ranked, evaluate_embeddings
 from pe_av.evaluation.report import plot_similarity, print_table, write_metrics
 from pe_av.loading.bad_items import BadItems
 from pe_av.loading.batch import Collate
@@ -34,10 +35,11 @@ def evaluate_checkpoint(config: EvalConfig, folder: Path) -> dict[str, dict[str,
         ConfigError, CheckpointError: the settings, the data or the checkpoint cannot be used.
     """
     with process_group(pick_device(config.device), config.timeout_minutes) as device:
-        return _evaluate(config, folder, device)
+        return evaluate(config, folder, device).metrics
 
 
-def _evaluate(config: EvalConfig, folder: Path, device: torch.device) -> dict[str, dict[str, float | int]]:
+def evaluate(config: EvalConfig, folder: Path, device: torch.device) -> Evaluation:
+    """As `evaluate_checkpoint`, in a process group that exists already. The results are the same on every rank."""
     model = load_model(config.checkpoint, device)
     if not isinstance(model, PEAudioVideo):
         raise ConfigError(
@@ -61,20 +63,24 @@ def _evaluate(config: EvalConfig, folder: Path, device: torch.device) -> dict[st
     bad.add(embedded.read, embedded.bad, embedded.partial, embedded.cut)
     check_embedded(embedded, config)
     arguments = embedded.embeds, embedded.valid, embedded.texts, embedded.captions, True
-    metrics = evaluate_embeddings(*arguments, protocol=config.protocol, intervals=True)
+    ranked: dict[str, Ranked] = {}
+    metrics = evaluate_embeddings(*arguments, protocol=config.protocol, intervals=True, ranked=ranked)
     reweighted = evaluate_embeddings(*arguments, protocol="reweighted", intervals=True) if config.reweighted else {}
+    setting = evaluation_setting(config, model, clips, device) | cut_record(embedded.cut) if rank() == 0 else {}
+    evaluation = Evaluation(config, metrics, reweighted, ranked, embedded, clips, setting)
     if rank() == 0:
         extra = {f"{name}_items": len(reasons) for name, reasons in bad.reasons.items()}
         extra |= {"reweighted": reweighted} if reweighted else {}
-        setting = evaluation_setting(config, model, clips, device) | cut_record(embedded.cut)
         write_metrics(folder / "metrics.json", metrics, checkpoint=str(config.checkpoint), setting=setting, **extra)
         plot_similarity(embedded.embeds, folder / "similarity.png", embedded.valid)
+        if config.report:
+            write_report(evaluation, folder)
         print_table(metrics | {"reweighted": reweighted})
         console = Console(stderr=True)
         if line := bad.cut_line():
             console.print(line, soft_wrap=True)
         console.print(f"written to {folder}")
-    return metrics
+    return evaluation
 
 
 def evaluation_setting(
