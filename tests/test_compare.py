@@ -176,7 +176,7 @@ def test_runs_are_read_from_their_folders(
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
-        (lambda b: (b / "config.yaml").unlink(), "1 of these folders are runs; give two or more to compare"),
+        (lambda b: (b / "config.yaml").unlink(), "fewer than two of these folders are runs"),
         (lambda b: (b / "config.yaml").write_text("a: [1"), "b/config.yaml: cannot be read"),
         (lambda b: (b / "metrics.json").write_text("[]"), "b/metrics.json: holds a list, not a dict"),
         (lambda b: (b / "history.jsonl").write_text('{"step": }\n'), "b/history.jsonl: cannot be read"),

@@ -218,7 +218,7 @@ def main(arguments: Sequence[str]) -> None:
             except NoRunError as error:  # runs/* also has the folders of evaluations
                 log.print(f"left out: {error}")
         if len(runs) < 2:
-            raise ConfigError(f"{len(runs)} of these folders are runs; give two or more to compare")
+            raise ConfigError("fewer than two of these folders are runs, so there is nothing to compare")
         check_comparable(runs)
         picture = (pictures or ["comparison.png"])[0]
         plot_runs(runs, picture)

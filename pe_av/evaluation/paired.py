@@ -172,7 +172,7 @@ def comparison_table(
                 difference = row["difference"][name]
                 low, high = difference["ci95"]
                 sure = " *" if low > 0 or high < 0 else ""
-                cells += [f"{row['R@1'][name]:.1f}", f"{difference['R@1']:+.1f} [{low:+.1f}, {high:+.1f}]{sure}"]
+                cells += [f"{row['R@1'][name]:.1f}", f"{difference['R@1']:+z.1f} [{low:+z.1f}, {high:+z.1f}]{sure}"]
             rows.append([comparison["data"], direction, *cells, str(row["queries"])])
     columns = [first, *(column for title in others for column in (title, f"{title} − {first}"))]
     return ["data", "direction", *columns, "queries"], rows
