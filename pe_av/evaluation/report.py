@@ -40,23 +40,15 @@ def print_table(metrics: Mapping[str, Mapping[str, float]]) -> None:
         caption += "; R@1 rw: re-weighted, as in published tables"
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption)
     table.add_column("direction", no_wrap=True)
-    columns = ["chance", "R@5", "R@10", "MedR", "MeanR", "MRR", "gallery"]  # fits 80 characters
-    for column in ["R@1", "R@1 rw", *columns] if reweighted else ["R@1", *columns]:
+    formats = {"R@1": ".1f", "R@1 rw": ".1f", "chance": ".2g", "R@5": ".1f", "R@10": ".1f", "MedR": "g", "MeanR": ".1f",
+               "MRR": ".3f", "gallery": ""}  # fmt: skip
+    del formats["MeanR" if reweighted else "R@1 rw"]  # so that it fits 80 characters
+    for column in formats:
         table.add_column(column, justify="right", style={"R@1": "bold", "chance": "dim"}.get(column), no_wrap=True)
     for direction in DIRECTIONS:
         if direction in metrics:
-            row = metrics[direction]
-            table.add_row(
-                direction,
-                f"{row['R@1']:.1f}",
-                *([f"{reweighted[direction]['R@1']:.1f}"] if reweighted else []),
-                f"{row['chance']:.2g}",
-                *(f"{row[name]:.1f}" for name in ("R@5", "R@10")),
-                f"{row['MedR']:g}",
-                f"{row['MeanR']:.1f}",
-                f"{row['MRR']:.3f}",
-                str(row["gallery"]),
-            )
+            row = metrics[direction] | ({"R@1 rw": reweighted[direction]["R@1"]} if reweighted else {})
+            table.add_row(direction, *(format(row[column], form) for column, form in formats.items()))
     Console().print(table)
 
 
