@@ -103,8 +103,8 @@ def test_a_run_leaves_everything_that_is_promised(tmp_path: Path, run):
     }  # fmt: skip
     assert set(json.loads((tmp_path / "run/metrics.json").read_text())) == {
         "AP", "AUROC", "F1", "IoU", "PSDS 0.1", "PSDS 0.7", "bad_items", "best F1", "best event F1",
-        "best event threshold", "best threshold", "chance AP", "event F1", "events", "loss", "partial_items",
-        "pooled AUROC", "recordings", "step",
+        "best event threshold", "best threshold", "chance AP", "cut_items", "event F1", "events", "loss",
+        "partial_items", "pooled AUROC", "recordings", "step",
     }  # fmt: skip
     assert isinstance(load_model(tmp_path / "run/checkpoint"), PEAudioFrame)
 

@@ -37,8 +37,12 @@ from pe_av.config import (
 from pe_av.config.compose import from_dict
 from pe_av.data.cache import write_cache
 from pe_av.data.manifest import Clip, Manifest, read_manifest
+from pe_av.device import pick_device
+from pe_av.evaluation import ranking
+from pe_av.evaluation.ranking import DotProducts, Reweighted, others_at_or_above
 from pe_av.loading.sampler import BatchSampler
 from pe_av.media.processor import Processor
+from pe_av.ranks import process_group, rank
 from pe_av.training.states import newest_whole, read_progress
 
 BATCH, STEPS, SAVE_EVERY = 6, 6, 2
@@ -310,6 +314,31 @@ def test_evaluation_gives_the_same_to_the_bit_on_any_number_of_ranks(tmp_path: P
         found.append(json.loads((tmp_path / str(ranks) / "metrics.json").read_text()))
     assert found[0] == found[1] == found[2] and "text->audio" in found[0]
     assert found[0]["bad_items"] == (CLIPS // 5 if name == "bad-2" else 0)
+
+
+def _rank_in_blocks(config: dict[str, Any], folder: Path) -> None:
+    torch.manual_seed(0)
+    ranking.QUERIES, ranking.ITEMS = 30, 40  # several blocks of the sums of the softmax
+    with process_group(pick_device("cpu"), 5):
+        queries, gallery, target = torch.randn(110, 8), torch.randn(130, 8), torch.randint(130, (110, 3))
+        kinds = {
+            "dot": DotProducts(queries, gallery),
+            "cosine": DotProducts(queries, gallery, unit=True),
+            "reweighted": Reweighted(queries, gallery, shared=True),
+        }
+        found = {
+            name: others_at_or_above(scores, target, 3, shared=True, query_block=30, item_block=40).tolist()
+            for name, scores in kinds.items()
+        }
+        found["sums"] = kinds["reweighted"].log_sums.tolist()
+        (folder / f"found-{rank()}.json").write_text(json.dumps(found))
+
+
+def test_ranks_are_equal_to_the_bit_on_any_number_of_ranks(tmp_path):
+    for ranks in (1, 2, 3):
+        Ranks(ranks, EvalConfig(), tmp_path / str(ranks), _rank_in_blocks).finish()
+    texts = [path.read_text() for path in tmp_path.glob("*/found-*.json")]
+    assert len(texts) == 6 and len(set(texts)) == 1
 
 
 def test_frame_level_training_is_the_same_on_any_number_of_ranks_and_goes_on(tmp_path: Path, corpus: Path):

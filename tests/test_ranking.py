@@ -1,23 +1,28 @@
-"""Exact ranks, average precision, intervals and protocols against double loops over float64 scores."""
+"""Exact ranks, average precision, intervals and protocols against double loops; what an evaluation records."""
 
 import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from processes import Ranks
 from scipy.stats import bootstrap
+from test_media import write_frames, write_wav
+from test_processor import make_config, make_tokenizer
 from torch import Tensor
 from torchmetrics.retrieval import RetrievalMAP
 
-from pe_av.device import pick_device
+from pe_av.config import ConfigError, DataConfig, EvalConfig
+from pe_av.data.clips import ClipReader
+from pe_av.data.manifest import Clip, read_manifest
+from pe_av.evaluation.embedder import EmbeddedClips
 from pe_av.evaluation.figures import average_precision_at_10, intervals
 from pe_av.evaluation.metrics import evaluate_embeddings
-from pe_av.evaluation.ranking import DotProducts, Reweighted, others_at_or_above
-from pe_av.ranks import process_group, rank
+from pe_av.evaluation.ranking import DotProducts, Reweighted, others_at_or_above, retrieval_ranks
+from pe_av.evaluation.retrieval import check_embedded
+from pe_av.loading.bad_items import BadItems
+from pe_av.loading.batch import Collate
+from pe_av.media.processor import Processor
 
 QUERIES, ITEMS = 47, 41
 
@@ -203,28 +208,55 @@ def test_equal_items_tie_when_reweighted():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# several ranks
+# what is read and recorded
 
 
-@dataclass
-class Nothing:
-    """Ranks need no settings here."""
+def test_what_was_cut_is_counted(tmp_path):
+    """Of waveforms and of films, whole and in segments, with and without lengths in the manifest."""
+    write_wav(tmp_path / "long.wav", np.ones((1, 96_000), np.int16))  # 2 s
+    write_frames(tmp_path / "long.mp4", [np.zeros((32, 32, 3), np.uint8)] * 50)  # 2 s
+    processor = Processor(make_config(num_frames=2), make_tokenizer())
+    sound, film = str(tmp_path / "long.wav"), str(tmp_path / "long.mp4")
+    read = ClipReader(processor, 1.5)
+    for clip, expected in (
+        (Clip("a", sound, None, {None: ["x"]}), 0.5),
+        (Clip("b", None, film, {None: ["x"]}), 0.5),
+        (Clip("c", sound, film, {None: ["x"]}, seconds=2.0), 0.5),
+        (Clip("d", sound, None, {None: ["x"]}, start=0.25), 0.25),
+        (Clip("e", sound, None, {None: ["x"]}, start=0.25, end=9.0), 0.25),
+        (Clip("f", sound, film, {None: ["x"]}, start=0.25, end=1.0), None),
+        (Clip("g", sound, film, {None: ["x"]}, start=1.0), None),
+    ):
+        found = read(clip).get("cut")
+        assert found == (None if expected is None else pytest.approx(expected, abs=0.05)), clip.id
+    batch = Collate(processor)([read(Clip("a", sound, film, {None: ["x"]}))])
+    assert batch["cut"] == [{"id": "a", "error": "its last 0.5 s were not read", "seconds": 0.5}]
+    bad = BadItems(tmp_path, 1, 0.0)
+    bad.add(1, cut=batch["cut"])
+    bad.add(1, cut=batch["cut"])  # of the next epoch
+    assert "1 clips are longer" in bad.cut_line() and '"a"' in (tmp_path / "cut_items.jsonl").read_text()
+    assert ClipReader(processor, 30.0)(Clip("a", sound, film, {None: ["x"]})).get("cut") is None
 
 
-def evaluate_on_ranks(config: dict[str, Any], folder: Path) -> None:
-    torch.manual_seed(0)
-    with process_group(pick_device("cpu"), 5):
-        embeds, texts = {name: torch.randn(1100, 8) for name in ("audio", "text_audio")}, torch.randn(4400, 8)
-        captions = torch.randperm(4400).reshape(1100, 4)
-        found = {
-            protocol: evaluate_embeddings(embeds, None, {"text_audio": texts}, captions, True, protocol)
-            for protocol in ("dot", "cosine", "reweighted")
-        }
-        (folder / f"found-{rank()}.json").write_text(json.dumps(found))
+def test_the_hash_of_a_manifest_is_that_of_its_rows(tmp_path):
+    rows = [{"audio": f"{i}.wav", "caption": f"a dog {i}"} for i in range(3)]
+    hashes = []
+    for folder, lines in (("a", rows), ("b", rows), ("c", rows[::-1])):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+        hashes.append(read_manifest(tmp_path / folder / "x.jsonl").sha256())
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_figures_are_equal_to_the_bit_on_any_number_of_ranks(tmp_path):
-    for ranks in (1, 2, 3):
-        Ranks(ranks, Nothing(), tmp_path / str(ranks), evaluate_on_ranks).finish()
-    texts = {path.read_text() for path in tmp_path.glob("*/found-*.json")}
-    assert len(texts) == 1 and len(list(tmp_path.glob("*/found-*.json"))) == 6
+def test_embeddings_that_have_no_rank_are_refused_by_name():
+    flags = torch.ones(3, dtype=torch.bool)
+    rows = torch.tensor([[0.0, 1.0], [0.0, torch.nan], [1.0, 0.0]])
+    clips = EmbeddedClips({"audio": rows}, {"audio": flags}, {}, {}, ["x", "y", "z"], flags[:, None], 3, [], [], [])
+    config = EvalConfig("runs/a/checkpoint", DataConfig(eval="set.jsonl"))
+    with pytest.raises(ConfigError, match=r"runs/a/checkpoint: the audio embeddings of 1 clips of set.jsonl .*\(y\)"):
+        check_embedded(clips, config)
+    check_embedded(replace(clips, valid={"audio": torch.tensor([True, False, True])}), config)
+    with pytest.raises(ConfigError, match=r"set.jsonl: none of its 3 clips"):
+        check_embedded(replace(clips, ids=[]), config)
+    with pytest.raises(ValueError, match="gallery is empty"):
+        retrieval_ranks(torch.randn(3, 4), torch.randn(0, 4), torch.zeros(3, dtype=torch.int64))

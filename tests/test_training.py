@@ -1,5 +1,6 @@
 """Training and evaluation as a user starts them: on a small demo world, through the command lines."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -65,7 +66,7 @@ def test_a_run_leaves_everything_that_is_promised(trained: Path):
         "audio->video+text",
     ]  # fmt: skip
     for direction in directions:
-        figures = {"R@1", "R@5", "R@10", "chance", "MedR", "MeanR", "MRR", "queries", "gallery"}
+        figures = {"R@1", "R@5", "R@10", "chance", "MedR", "MeanR", "MRR", "mAP@10", "queries", "gallery"}
         assert set(metrics[direction]) == figures
         assert metrics[direction]["queries"] == metrics[direction]["gallery"] == 8
 
@@ -82,7 +83,15 @@ def test_evaluation_of_the_checkpoint_gives_the_figures_of_the_run(trained: Path
     assert done.returncode == 0, done.stderr
     ours, theirs = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path, trained))
     # one decodes into memory and encodes clip by clip, the other reads batches of ragged waveforms
-    assert {k: v for k, v in ours.items() if "->" in k} == {k: v for k, v in theirs.items() if "->" in k}
+    directions = {name: row for name, row in theirs.items() if "->" in name}
+    intervals = {name: ours[name].pop("ci95") for name in directions}
+    assert {name: row for name, row in ours.items() if "->" in name} == directions
+    for name, row in directions.items():
+        assert all(low <= row[figure] <= high for figure, (low, high) in intervals[name].items())
+    assert ours["reweighted"].keys() == directions.keys() and "R@1 rw" in done.stdout
+    weights = (trained / "checkpoint" / "model.safetensors").read_bytes()
+    assert ours["setting"]["checkpoint_sha256"] == hashlib.sha256(weights).hexdigest()
+    assert ours["setting"]["cut_clips"] == theirs["setting"]["cut_clips"] == 0
     assert "text->audio" in done.stdout and "chance" in done.stdout
 
 
@@ -155,7 +164,7 @@ def test_bad_items_are_counted_once_each(tmp_path: Path):
     assert len((tmp_path / "bad_items.jsonl").read_text().splitlines()) == 2
     assert len((tmp_path / "partial_items.jsonl").read_text().splitlines()) == 9
     state = bad.state_dict()
-    assert state == {"seen": 20, "bad": 2, "partial": 9}
+    assert state == {"seen": 20, "bad": 2, "partial": 9, "cut": 0}
     with (tmp_path / "bad_items.jsonl").open("a") as file:
         file.write('{"id": "c", "er')  # torn, and of after the state
     again = BadItems(tmp_path, total=20, max_fraction=0.5, state=state)
@@ -163,7 +172,7 @@ def test_bad_items_are_counted_once_each(tmp_path: Path):
     again = BadItems(tmp_path, total=20, max_fraction=0.5, state=again.state_dict())
     assert list(again.reasons["bad"]) == ["a", "b", "d"] and again.seen == 20
     # what a run without a state finds there is of another one
-    assert BadItems(tmp_path, total=20, max_fraction=0.5).reasons == {"bad": {}, "partial": {}}
+    assert BadItems(tmp_path, total=20, max_fraction=0.5).reasons == {"bad": {}, "partial": {}, "cut": {}}
     assert not (tmp_path / "bad_items.jsonl").exists()
 
 

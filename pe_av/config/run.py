@@ -253,12 +253,17 @@ class EvalConfig:
     batch_size: int = 64  # Of one rank.
     device: str = "auto"  # A device of PyTorch, such as cuda or cpu; auto: cuda if there is a GPU.
     precision: str = "fp32"  # fp32 | bf16 (autocast) | auto (bf16 on a GPU that computes in it, else fp32)
+    protocol: str = "dot"  # What items are ranked by: dot (the dot product) | cosine.
+    # Also the original repository's protocol, by which published figures were made: cosines × 10, times their softmax
+    # over the queries (evaluation/ranking.py). It takes several times as long as the dot products.
+    reweighted: bool = True
     max_bad_fraction: float = 0.05  # Stop when a larger fraction of the items read so far is damaged.
     timeout_minutes: float = 10.0  # When ranks have waited for one of them for this long, the evaluation ends.
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, f"batch_size={self.batch_size} is not positive")
         one_of("precision", self.precision, ("auto", "fp32", "bf16"))
+        one_of("protocol", self.protocol, ("dot", "cosine"))
 
 
 @dataclass

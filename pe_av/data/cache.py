@@ -108,12 +108,15 @@ class CachedReader:
 
     def __init__(self, cache: FeatureCache, processor: Processor, max_seconds: float):
         self.cache, self.read = cache, ClipReader(processor, max_seconds)
+        self.seconds_cut = self.read.seconds_cut
 
     def __call__(self, clip: Clip) -> dict[str, Any]:
         cached = self.cache.get(clip)
         rest = self.read(replace(clip, **{SOURCES[encoder]: None for encoder in self.cache.encoders}))
         notes = {note: dict.fromkeys(item[note] for item in (rest, cached) if note in item) for note in NOTES}
-        return rest | cached | {note: "; ".join(texts) for note, texts in notes.items() if texts}
+        item = rest | cached
+        cut = self.seconds_cut(clip, item)
+        return item | {note: "; ".join(texts) for note, texts in notes.items() if texts} | ({"cut": cut} if cut else {})
 
 
 def reader_for(config: DataConfig, model: PEAudioVideo, processor: Processor) -> ClipReader | CachedReader:

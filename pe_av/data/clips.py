@@ -1,5 +1,7 @@
 """From the settings of a data set to its clips, and from a clip to what is decoded of it."""
 
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from pe_av.config import ConfigError, DataConfig
@@ -8,12 +10,13 @@ from pe_av.data.manifest import Clip, Manifest, read_manifest
 from pe_av.data.manifest_formats import CAPTION_COLUMNS, SURROGATE
 from pe_av.data.stamps import prepare_stamps
 from pe_av.media.processor import Processor
-from pe_av.media.tracks import MediaError, MissingTrackError
+from pe_av.media.tracks import MediaError, MissingTrackError, probe
 
 
 class ClipReader:
     """Decodes a clip into an item: {"id", "captions"}, "waveform" and "frames" as far as the clip has them, and notes:
-    "error" says what is damaged or cannot be read, "partial" what is merely missing, a track or a caption."""
+    "error" says what is damaged or cannot be read, "partial" what is merely missing, a track or a caption; "cut" is the
+    number of seconds by which a clip is longer than `max_seconds`."""
 
     def __init__(self, processor: Processor, max_seconds: float):
         self.processor, self.max_seconds = processor, max_seconds
@@ -36,8 +39,45 @@ class ClipReader:
                     item[name] = read(source, max_seconds=self.max_seconds, start=clip.start, end=clip.end)
                 except Exception as error:  # whatever a decoder raises costs this clip, and not the run
                     (missing if isinstance(error, MissingTrackError) else errors).append(_reason(source, error))
+        if cut := self.seconds_cut(clip, item):
+            item["cut"] = cut
         notes = {"error": errors, "partial": missing}
         return item | {note: "; ".join(dict.fromkeys(reasons)) for note, reasons in notes.items() if reasons}
+
+    def seconds_cut(self, clip: Clip, item: dict[str, Any]) -> float:
+        """How many seconds of a clip are not in the item that was read or cached of it."""
+        codec, read = self.processor.config.audio.codec, None
+        if "waveform" in item:
+            read = len(item["waveform"]) / codec.sampling_rate
+        elif "codec_features" in item:
+            read = len(item["codec_features"]) * codec.hop_length / codec.sampling_rate
+        source = clip.audio if read is not None else clip.video
+        if source is None or (read is None and not item.keys() & {"frames", "frame_features"}):
+            return 0.0
+        lengths = clip.seconds, None if clip.end is None else clip.end - clip.start
+        return seconds_cut(source, read, self.max_seconds, clip.start, lengths)
+
+
+def seconds_cut(
+    source: str, read: float | None, max_seconds: float, start: float = 0.0, lengths: Sequence[float | None] = ()
+) -> float:
+    """How many seconds of a clip are beyond `max_seconds` and were not read; what is below a tenth counts as nothing,
+    because headers round.
+
+    Args:
+        source: its file, whose header is read if that is needed.
+        read: the seconds of audio that were read, if they are known: fewer than `max_seconds` reached the clip's end.
+        start: where in the file the clip begins.
+        lengths: the seconds that the clip lasts, as far as the manifest says so.
+    """
+    if read is not None and read < max_seconds - 0.1:
+        return 0.0
+    known = [length for length in lengths if length is not None]
+    if not known or min(known) > max_seconds:  # a segment may reach beyond the end of its file
+        with suppress(MediaError):
+            known += [seconds - start for seconds in probe(source).values() if seconds is not None][:1]
+    cut = round(min(known, default=0.0) - max_seconds, 3)
+    return cut if cut >= 0.1 else 0.0
 
 
 def _reason(source: str, error: Exception) -> str:

@@ -23,6 +23,8 @@ Reading and writing the formats is in data/manifest_formats.py; how millions of 
 data/manifest_copy.py.
 """
 
+import hashlib
+import json
 import math
 import os
 import sys
@@ -183,6 +185,16 @@ class Manifest(Sequence[Clip]):
             kind: self._gather(lambda b, c=column: pc.greater(pc.list_value_length(b[c]).fill_null(0), 0), bool, column)
             for kind, column in CAPTION_COLUMNS.items()
         }
+
+    def sha256(self) -> str:
+        """Of the rows: equal for manifests of any format, in any folder, whose clips are the same in the same order."""
+        digest = hashlib.sha256()
+        for batch in self._columns(*SCHEMA.names):
+            for start in range(0, len(batch), 1000):
+                for row in batch.slice(start, 1000).to_pylist():
+                    given = {name: value for name, value in row.items() if value is not None}
+                    digest.update(json.dumps(given, sort_keys=True).encode() + b"\n")
+        return digest.hexdigest()
 
     def write(self, path: str | Path) -> None:
         """Write the manifest in the format that the file's name says; paths below its folder become relative to it.

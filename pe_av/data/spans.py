@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pe_av.config import ConfigError
+from pe_av.data.clips import seconds_cut
 from pe_av.data.manifest_formats import SURROGATE, jsonl_rows
 from pe_av.media.processor import Processor
 
@@ -68,6 +69,9 @@ class SpanReader:
     def __call__(self, clip: SpanClip) -> dict[str, Any]:
         item: dict[str, Any] = {"id": clip.id, "caption": clip.caption, "spans": clip.spans}
         try:
-            return item | {"waveform": self.processor.audio_item(clip.audio, max_seconds=self.max_seconds)}
+            item["waveform"] = self.processor.audio_item(clip.audio, max_seconds=self.max_seconds)
+            read = len(item["waveform"]) / self.processor.config.audio.codec.sampling_rate
+            cut = seconds_cut(clip.audio, read, self.max_seconds)
+            return item | ({"cut": cut} if cut else {})
         except Exception as error:  # whatever a decoder raises costs this recording, and not the run
             return item | {"error": str(error) or f"{clip.audio}: {type(error).__name__}"}

@@ -1,6 +1,6 @@
 """The embeddings of a data set, for retrieval: of every clip, and of every different caption."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,9 @@ from pe_av.loading.split import EMPTY_MICRO_BATCH, joined, passes_of, split_batc
 from pe_av.media.processor import Processor
 from pe_av.model.pe_audio_video import PEAudioVideo
 from pe_av.ranks import of_all_ranks, rank, world_size
+
+# what the ranks tell each other about a batch, beside its embeddings
+INFO = ("ids", "valid", "captions", "caption_keys", "read", "bad", "partial", "cut")
 
 
 class Embedder(nn.Module):
@@ -42,6 +45,7 @@ class EmbeddedClips:
     read: int  # number of items that were read
     bad: list[dict[str, Any]]  # {"id", "error"} of the damaged items
     partial: list[dict[str, Any]]  # {"id", "error"} of the partial items
+    cut: list[dict[str, Any]]  # {"id", "error", "seconds"} of the items that were longer than data.max_seconds
 
 
 @torch.no_grad()
@@ -65,7 +69,7 @@ def embed_clips(
     console = Console(stderr=True, quiet=rank() > 0)  # one progress bar is enough
     for batch in track(batches, title, console=console, transient=True):
         (micro_batch,) = split_batch(batch, None) or [EMPTY_MICRO_BATCH]
-        info = {name: batch[name] for name in ("ids", "valid", "captions", "caption_keys", "read", "bad", "partial")}
+        info = {name: batch[name] for name in INFO}
         infos += of_all_ranks(info)
         embeds += _embed_of_all_ranks(embedder, micro_batch, processor, device)
     sizes = [len(info["ids"]) for info in infos]
@@ -99,6 +103,7 @@ def embed_clips(
         read=sum(info["read"] for info in infos),
         bad=[item for info in infos for item in info["bad"]],
         partial=[item for info in infos for item in info["partial"]],
+        cut=[item for info in infos for item in info["cut"]],
     )
 
 
@@ -109,3 +114,8 @@ def _embed_of_all_ranks(
     passes = sorted({one for theirs in of_all_ranks(passes_of(micro_batch)) for one in theirs})
     embeds = embedder(to_device(with_passes(micro_batch, passes, processor.config), device)) if passes else {}
     return of_all_ranks({name: value.float().cpu() for name, value in embeds.items()})
+
+
+def cut_record(cut: Sequence[dict[str, Any]]) -> dict[str, float | int]:
+    """What `metrics.json` says about the clips that were longer than `data.max_seconds`."""
+    return {"cut_clips": len(cut), "cut_seconds": round(sum(item["seconds"] for item in cut), 1)}

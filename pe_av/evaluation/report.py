@@ -31,11 +31,17 @@ def print_table(metrics: Mapping[str, Mapping[str, float]]) -> None:
     """Print a table of every direction, with the recall of guessing, to standard output.
 
     Args:
-        metrics: direction -> `retrieval_metrics`; other keys, such as `write_metrics` adds, are ignored.
+        metrics: direction -> `retrieval_metrics`; "reweighted", if given, the same by the original's protocol, of which
+            R@1 is shown; other keys, such as `write_metrics` adds, are ignored.
     """
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption="recalls and chance R@1 in percent")
+    reweighted = metrics.get("reweighted") or {}
+    caption = "recalls and chance R@1 in percent"
+    if reweighted:
+        caption += "; R@1 rw: re-weighted, as in published tables"
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption)
     table.add_column("direction", no_wrap=True)
-    for column in ("R@1", "chance", "R@5", "R@10", "MedR", "MeanR", "MRR", "gallery"):  # fits 80 characters
+    columns = ["chance", "R@5", "R@10", "MedR", "MeanR", "MRR", "gallery"]  # fits 80 characters
+    for column in ["R@1", "R@1 rw", *columns] if reweighted else ["R@1", *columns]:
         table.add_column(column, justify="right", style={"R@1": "bold", "chance": "dim"}.get(column), no_wrap=True)
     for direction in DIRECTIONS:
         if direction in metrics:
@@ -43,6 +49,7 @@ def print_table(metrics: Mapping[str, Mapping[str, float]]) -> None:
             table.add_row(
                 direction,
                 f"{row['R@1']:.1f}",
+                *([f"{reweighted[direction]['R@1']:.1f}"] if reweighted else []),
                 f"{row['chance']:.2g}",
                 *(f"{row[name]:.1f}" for name in ("R@5", "R@10")),
                 f"{row['MedR']:g}",

@@ -1,16 +1,20 @@
 """Zero-shot retrieval on a data set: a table, `metrics.json` and the similarity matrices."""
 
+import hashlib
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from pe_av.checkpoint import load_model
+from pe_av.checkpoint import WEIGHTS_FILE, load_model
 from pe_av.config import ConfigError, EvalConfig
+from pe_av.config.evaluation import LabelledConfig
 from pe_av.data.cache import reader_for
 from pe_av.data.clips import open_manifest
-from pe_av.device import pick_device, precision_context
-from pe_av.evaluation.embedder import Embedder, embed_clips
+from pe_av.data.manifest import Manifest
+from pe_av.device import computes_in_bf16, pick_device, precision_context
+from pe_av.evaluation.embedder import EmbeddedClips, Embedder, cut_record, embed_clips
 from pe_av.evaluation.metrics import evaluate_embeddings
 from pe_av.evaluation.report import plot_similarity, print_table, write_metrics
 from pe_av.loading.bad_items import BadItems
@@ -55,12 +59,63 @@ def _evaluate(config: EvalConfig, folder: Path, device: torch.device) -> dict[st
     with precision_context(config.precision, device):
         embedded = embed_clips(Embedder(model), loader, processor, device, "evaluating")
     loader.close()
-    bad.add(embedded.read, embedded.bad, embedded.partial)
-    metrics = evaluate_embeddings(embedded.embeds, embedded.valid, embedded.texts, embedded.captions, shared=True)
+    bad.add(embedded.read, embedded.bad, embedded.partial, embedded.cut)
+    check_embedded(embedded, config)
+    arguments = embedded.embeds, embedded.valid, embedded.texts, embedded.captions, True
+    metrics = evaluate_embeddings(*arguments, protocol=config.protocol, intervals=True)
+    reweighted = evaluate_embeddings(*arguments, protocol="reweighted", intervals=True) if config.reweighted else {}
     if rank() == 0:
-        listed = {f"{name}_items": len(reasons) for name, reasons in bad.reasons.items()}
-        write_metrics(folder / "metrics.json", metrics, checkpoint=str(config.checkpoint), **listed)
+        extra = {f"{name}_items": len(reasons) for name, reasons in bad.reasons.items()}
+        extra |= {"reweighted": reweighted} if reweighted else {}
+        setting = {"protocol": config.protocol, **evaluation_setting(config, model, clips, device)}
+        setting |= cut_record(embedded.cut)
+        write_metrics(folder / "metrics.json", metrics, checkpoint=str(config.checkpoint), setting=setting, **extra)
         plot_similarity(embedded.embeds, folder / "similarity.png", embedded.valid)
-        print_table(metrics)
-        Console(stderr=True).print(f"written to {folder}")
+        print_table(metrics | {"reweighted": reweighted})
+        console = Console(stderr=True)
+        if line := bad.cut_line():
+            console.print(line, soft_wrap=True)
+        console.print(f"written to {folder}")
     return metrics
+
+
+def evaluation_setting(
+    config: EvalConfig | LabelledConfig, model: PEAudioVideo, clips: Manifest, device: torch.device
+) -> dict[str, str | int | float | None]:
+    """Everything beside the code that changes an embedding."""
+    video = model.config.video
+    return {
+        "checkpoint_sha256": _sha256(Path(config.checkpoint) / WEIGHTS_FILE),
+        "manifest_sha256": clips.sha256(),
+        "clips": len(clips),
+        "max_seconds": config.data.max_seconds,
+        "sampling_rate": model.config.audio.codec.sampling_rate,
+        "num_frames": video.num_frames,
+        "frames_per_second": video.frames_per_second,
+        "image_size": video.vision.image_size,
+        "max_tokens": model.config.text.max_tokens,
+        "precision": "bf16" if computes_in_bf16(config.precision, device) else "fp32",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "pe_av": version("pe-av"),
+        "torch": torch.__version__,
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_embedded(embedded: EmbeddedClips, config: EvalConfig) -> None:
+    """Raise ConfigError if there is nothing to rank, or something that has no rank."""
+    source = config.data.eval or "the evaluation clips"
+    if not embedded.ids:
+        raise ConfigError(f"{source}: none of its {embedded.read} clips has two of audio, video and a caption to pair")
+    for name, rows in embedded.embeds.items():
+        bad = (embedded.valid[name] & ~rows.isfinite().all(1)).nonzero().flatten().tolist()
+        if bad:
+            listed = ", ".join(embedded.ids[row] for row in bad[:5]) + (", …" if len(bad) > 5 else "")
+            raise ConfigError(
+                f"{config.checkpoint}: the {name} embeddings of {len(bad)} clips of {source} are NaN or infinite "
+                f"({listed}): the model has diverged, or precision={config.precision} is too coarse for it"
+            )

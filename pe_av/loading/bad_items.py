@@ -1,4 +1,4 @@
-"""Damaged and partial items: both are listed in the folder of the run, and too many damaged ones end it."""
+"""Damaged, partial and cut items: all are listed in the folder of the run, and too many damaged ones end it."""
 
 import json
 import os
@@ -12,10 +12,11 @@ FEWEST_JUDGED = 200  # the fraction of damaged items is taken of at least so man
 
 
 class BadItems:
-    """The lists `bad_items.jsonl` and `partial_items.jsonl`, and the limit on damaged items.
+    """The lists `bad_items.jsonl`, `partial_items.jsonl` and `cut_items.jsonl`, and the limit on damaged items.
 
     A damaged item has something that cannot be read, such as a torn file. A partial item merely lacks something, such
-    as the audio of a silent film. Every rank counts the items of all ranks, so that all of them stop at the same batch.
+    as the audio of a silent film. A cut item is longer than `max_seconds`. Every rank
+    counts the items of all ranks, so that all of them stop at the same batch.
     """
 
     def __init__(
@@ -28,17 +29,17 @@ class BadItems:
     ):
         """
         Args:
-            folder: of the two lists, whose lines are {"id", "error"}.
+            folder: of the lists, whose lines are {"id", "error"}.
             total: number of items in the data.
             max_fraction: the fraction of the items read so far that may be damaged; beyond it, `add` raises.
             writes: whether this process writes the lists: one rank must.
             state: `state_dict()` of the run to resume; the lists are cut back to it. None: they start empty.
         """
         self.total, self.max_fraction, self.writes = total, max_fraction, writes
-        state = {"seen": 0, "bad": 0, "partial": 0} if state is None else state
+        state = {"seen": 0} if state is None else state
         self.seen = state["seen"]  # items read so far
-        self.files = {name: folder / f"{name}_items.jsonl" for name in ("bad", "partial")}
-        self.reasons = {name: _read_reasons(path, state[name]) for name, path in self.files.items()}
+        self.files = {name: folder / f"{name}_items.jsonl" for name in ("bad", "partial", "cut")}
+        self.reasons = {name: _read_reasons(path, state.get(name, 0)) for name, path in self.files.items()}
         if writes:
             for name, path in self.files.items():
                 if path.exists():
@@ -48,18 +49,30 @@ class BadItems:
         """The number of items read, and the length of each list."""
         return {"seen": self.seen} | {name: len(reasons) for name, reasons in self.reasons.items()}
 
-    def add(self, read: int, bad: Iterable[dict[str, Any]] = (), partial: Iterable[dict[str, Any]] = ()) -> None:
+    def cut_line(self) -> str | None:
+        """One line about the cut items, if there are any."""
+        count, where = len(self.reasons["cut"]), self.files["cut"]
+        return f"{count} clips are longer than max_seconds and were cut to it, as {where} lists" if count else None
+
+    def add(
+        self,
+        read: int,
+        bad: Iterable[dict[str, Any]] = (),
+        partial: Iterable[dict[str, Any]] = (),
+        cut: Iterable[dict[str, Any]] = (),
+    ) -> None:
         """Count the items of another batch, and list those that are not on the lists yet.
 
         Args:
             read: number of items.
-            bad, partial: {"id", "error"} of the damaged and of the partial ones.
+            bad, partial, cut: {"id", "error"} of the damaged, the partial and the cut ones.
         Raises:
             ConfigError: too many items are damaged.
         """
         self.seen = min(self.seen + read, self.total)
         new_bad = self._list("bad", bad)
         self._list("partial", partial)
+        self._list("cut", cut)
         count = len(self.reasons["bad"])
         # one damaged item among the first few says nothing yet
         judged = max(self.seen, min(self.total, FEWEST_JUDGED))

@@ -2,7 +2,8 @@
 
 An item is a dict of what was read of one clip: "id", "captions" (kind -> texts), and, as far as the clip has them, its
 audio ("waveform" or "codec_features") and its video ("frames" or "frame_features"). "error" says what of it is damaged,
-"partial" what it lacks. An item is used if two of audio, video and captions are left; the others take no row.
+"partial" what it lacks, "cut" how many of its seconds were not read. An item is used if two of audio, video and
+captions are left; the others take no row.
 
 A batch of B rows is a dict:
 
@@ -15,6 +16,7 @@ A batch of B rows is a dict:
 - "caption_keys": kind -> (B,) int64, equal in rows with equal captions, also on different ranks.
 - "ids": those of the B clips. B may be 0.
 - "read": the number of items that were read. "bad", "partial": {"id", "error"} of the damaged and the partial ones.
+- "cut": {"id", "error", "seconds"} of the items that were longer than `data.max_seconds`, and by how much.
 
 Three clips, of which the second has no video, give with captions of kind None (T tokens, F frames):
 
@@ -129,11 +131,16 @@ def _video_inputs(items: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def reading_report(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The "read", "bad" and "partial" of a batch."""
+    """The "read", "bad", "partial" and "cut" of a batch."""
     return {
         "read": len(items),
         "bad": [{"id": item["id"], "error": item["error"]} for item in items if "error" in item],
         "partial": [{"id": item["id"], "error": item["partial"]} for item in items if "partial" in item],
+        "cut": [
+            {"id": item["id"], "error": f"its last {item['cut']:g} s were not read", "seconds": item["cut"]}
+            for item in items
+            if "cut" in item
+        ],
     }
 
 

@@ -35,7 +35,7 @@ class _Message(NamedTuple):
     passes: list[list[str]]  # of each micro-batch
     counts: dict[str, int]
     clips: int
-    items: tuple[int, list[dict[str, Any]], list[dict[str, Any]]]  # read, bad, partial
+    items: tuple[int, list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]  # read, bad, partial, cut
     requests: tuple[int, bool]
     problem: str | None  # why the last state could not be written
 
@@ -59,7 +59,7 @@ def agreed_batches(
                 passes=[task.passes_of(micro_batch) for micro_batch in micro_batches],
                 counts=task.count(batch),
                 clips=len(batch["ids"]),
-                items=(batch["read"], batch["bad"], batch["partial"]),
+                items=(batch["read"], batch["bad"], batch["partial"], batch["cut"]),
                 requests=requests.own(),
                 problem=states.problem(),
             )
@@ -67,8 +67,8 @@ def agreed_batches(
         for message in everyone:
             if message.problem is not None:
                 raise CheckpointError(message.problem)
-        read, bad, partial = zip(*(message.items for message in everyone), strict=True)
-        bad_items.add(sum(read), sum(bad, []), sum(partial, []))
+        read, bad, partial, cut = zip(*(message.items for message in everyone), strict=True)
+        bad_items.add(sum(read), sum(bad, []), sum(partial, []), sum(cut, []))
         requests.agree([message.requests for message in everyone])
 
         counts: Counter[str] = Counter()

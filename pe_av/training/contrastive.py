@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pe_av.config import HEADS, Pairing, TrainConfig
 from pe_av.data.clips import open_manifest
 from pe_av.device import to_device
-from pe_av.evaluation.embedder import EmbeddedClips, Embedder, embed_clips
+from pe_av.evaluation.embedder import EmbeddedClips, Embedder, cut_record, embed_clips
 from pe_av.evaluation.metrics import DIRECTIONS, evaluate_embeddings
 from pe_av.evaluation.report import plot_similarity, print_table, write_metrics
 from pe_av.loading.batch import text_name
@@ -97,6 +97,7 @@ class Contrastive:
         """Retrieval among the evaluation clips, the loss on them, and retrieval among the clips of `watch`."""
         clips = self._embedded(embedder, self.eval_loader, "evaluating")
         metrics = _retrieval(clips)
+        setting = {"max_seconds": self.config.data.max_seconds, **cut_record(clips.cut)}
         recalls = {direction: row["R@1"] for direction, row in metrics.items()}
         figures = {f"R@1/{direction}": value for direction, value in recalls.items()}
         if recalls:
@@ -106,12 +107,13 @@ class Contrastive:
         if losses:
             metrics["loss"], figures["held_out_loss"] = losses, losses["total"]
             line += f"  held-out loss {losses['total']:.2f}"
+        metrics["setting"] = setting
         watched = self._evaluate_watched(embedder)
         if watched:
             line += _report_watched([*history, {"step": step, **watched}], folder)
         if rank() == 0:
             plot_similarity(clips.embeds, folder / "similarity.png", clips.valid)
-        return Evaluation(metrics, figures | watched, line, clips.read, clips.bad, clips.partial)
+        return Evaluation(metrics, figures | watched, line, clips.read, clips.bad, clips.partial, clips.cut)
 
     def line(self, row: dict[str, float]) -> str:
         """loss 12.3 = a·t 2.1 …"""

@@ -40,6 +40,7 @@ class Evaluator:
     ):
         self.config, self.folder, self.learner, self.task = config, folder, learner, learner.task
         self.bad_items, self.log, self.console, self.rows = bad_items, log, console, rows
+        self.cut_line: str | None = None  # the last one that was printed
 
     def is_due(self, step: int) -> bool:
         """Whether the run must evaluate after so many steps, and has not done so yet."""
@@ -77,7 +78,7 @@ class Evaluator:
             is_best = self._is_best(evaluation.figures)
             if is_best:
                 self._export("best")
-        self.bad_items.add(evaluation.read, evaluation.bad, evaluation.partial)
+        self.bad_items.add(evaluation.read, evaluation.bad, evaluation.partial, evaluation.cut)
         self.rows.append({"step": step, **evaluation.figures})
         if rank() == 0:
             listed = {f"{name}_items": len(reasons) for name, reasons in self.bad_items.reasons.items()}
@@ -87,6 +88,10 @@ class Evaluator:
             plot_losses(self.log.rows, self.folder / "loss.png", self.rows)
         self.log.show(step, evaluation.figures)
         self.console.print(f"step {step}  {evaluation.line}", soft_wrap=True)
+        line = self.bad_items.cut_line()
+        if line != self.cut_line:
+            self.console.print(line, soft_wrap=True)
+            self.cut_line = line
         return evaluation.metrics
 
     def export_checkpoint(self) -> None:

@@ -144,6 +144,7 @@ class SpanDetection:
             read=sum(batch["read"] for batch in batches),
             bad=sum((batch["bad"] for batch in batches), []),
             partial=sum((batch["partial"] for batch in batches), []),
+            cut=sum((batch["cut"] for batch in batches), []),
         )
 
     def line(self, row: dict[str, float]) -> str:
@@ -161,9 +162,8 @@ class SpanDetection:
         return to_device({name: batch[name] for name in ("targets", "mask", "captions")}, self.device)
 
     def _evaluate_batch(self, embedder: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-        """Evaluate one batch of this rank: "loss", "rows" of (id, probabilities, targets, spans), "read", "bad" and
-        "partial"."""
-        result = {name: batch[name] for name in ("read", "bad", "partial")} | {"rows": [], "loss": None}
+        """Evaluate one batch of this rank: "loss", "rows" of (id, probabilities, targets, spans), and what was read."""
+        result = {name: batch[name] for name in ("read", "bad", "partial", "cut")} | {"rows": [], "loss": None}
         (micro_batch,) = self.split(batch, None) or [None]
         own = [] if micro_batch is None else self.passes_of(micro_batch)
         passes = sorted({name for of_rank in of_all_ranks(own) for name in of_rank})

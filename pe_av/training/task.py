@@ -19,13 +19,14 @@ class Evaluation:
     read: int  # items that were read
     bad: list[dict[str, Any]]  # {"id", "error"} of the damaged ones among them
     partial: list[dict[str, Any]]  # {"id", "error"} of those that lack something
+    cut: list[dict[str, Any]]  # {"id", "error", …} of those that were longer than data.max_seconds
 
 
 class Task(Protocol):
     """A model, its data and its loss.
 
     A task is made from the config, the device, a console and, when a run is resumed, the tokenizer of that run as a
-    string. Its batches have at least "ids", "read", "bad" and "partial" (`loading.batch.Collate`).
+    string. Its batches have at least "ids", "read", "bad", "partial" and "cut" (`loading.batch.Collate`).
 
     A pass is what one tower computes for one kind of input, e.g. "audio:input_values" or "text@visual". Every pass that
     a micro-batch needs on one rank must be made on all ranks, because FSDP gathers weights in it and DDP averages
