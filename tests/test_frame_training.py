@@ -104,8 +104,7 @@ def test_a_run_leaves_everything_that_is_promised(tmp_path: Path, run):
     assert set(json.loads((tmp_path / "run/metrics.json").read_text())) == {
         "AP", "AUROC", "F1", "IoU", "PSDS 0.1", "PSDS 0.7", "bad_items", "best F1", "best event F1",
         "best event threshold", "best threshold", "chance AP", "cut_items", "event F1", "events", "loss",
-        "partial_items",
-        "pooled AUROC", "recordings", "step",
+        "partial_items", "pooled AUROC", "recordings", "step",
     }  # fmt: skip
     assert isinstance(load_model(tmp_path / "run/checkpoint"), PEAudioFrame)
 

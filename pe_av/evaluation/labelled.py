@@ -121,7 +121,7 @@ def embed_labelled(
     with precision_context(config.precision, device):
         embedded = embed_clips(Embedder(model), loader, processor, device, "embedding")
     loader.close()
-    bad.add(embedded.read, embedded.bad, embedded.partial)
+    bad.add(embedded.read, embedded.bad, embedded.partial, embedded.cut)
 
     known = {clip.id: (labels_of(clip), clip.split) for clip in clips}
     rows = [row for row, name in enumerate(embedded.ids) if known[name][0]]

@@ -142,8 +142,8 @@ def _localize(config: LocalizeConfig, folder: Path, device: torch.device) -> dic
     # batch b of rank r is number b · world + r of all
     batches = [batch for turn in zip(*of_all_ranks(own), strict=True) for batch in turn]
     bad = BadItems(folder, len(clips), config.max_bad_fraction, writes=rank() == 0)
-    damaged, partial = (sum((batch[name] for batch in batches), []) for name in ("bad", "partial"))
-    bad.add(sum(batch["read"] for batch in batches), damaged, partial)
+    lists = {name: sum((batch[name] for batch in batches), []) for name in ("bad", "partial", "cut")}
+    bad.add(sum(batch["read"] for batch in batches), **lists)
     rows = [row for batch in batches for row in batch["rows"]]
     if not rows:
         raise ConfigError(f"{path}: none of its {len(clips)} recordings can be read: see {folder}/bad_items.jsonl")
@@ -181,13 +181,13 @@ def _localize(config: LocalizeConfig, folder: Path, device: torch.device) -> dic
 
 @torch.no_grad()
 def _localize_batch(model: PEAudioFrame, batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The "rows" of (id, probabilities, targets, spans), "read", "bad" and "partial"."""
+    """The "rows" of (id, probabilities, targets, spans), and what was read."""
     rows = []
     if batch["ids"]:
         probability = model(**to_device(batch["inputs"], device)).logits.float().sigmoid().cpu()
         for i, length in enumerate(batch["mask"].sum(1).tolist()):
             rows.append((batch["ids"][i], probability[i, :length], batch["targets"][i, :length], batch["spans"][i]))
-    return {name: batch[name] for name in ("read", "bad", "partial")} | {"rows": rows}
+    return {name: batch[name] for name in ("read", "bad", "partial", "cut")} | {"rows": rows}
 
 
 if __name__ == "__main__":

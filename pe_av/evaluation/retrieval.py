@@ -9,6 +9,7 @@ from rich.console import Console
 
 from pe_av.checkpoint import WEIGHTS_FILE, load_model
 from pe_av.config import ConfigError, EvalConfig
+from pe_av.config.evaluation import LabelledConfig
 from pe_av.data.cache import reader_for
 from pe_av.data.clips import open_manifest
 from pe_av.data.manifest import Manifest
@@ -66,7 +67,10 @@ def evaluate(config: EvalConfig, folder: Path, device: torch.device) -> Evaluati
     ranked: dict[str, Ranked] = {}
     metrics = evaluate_embeddings(*arguments, protocol=config.protocol, intervals=True, ranked=ranked)
     reweighted = evaluate_embeddings(*arguments, protocol="reweighted", intervals=True) if config.reweighted else {}
-    setting = evaluation_setting(config, model, clips, device) | cut_record(embedded.cut) if rank() == 0 else {}
+    setting = {}
+    if rank() == 0:
+        setting = {"protocol": config.protocol, **evaluation_setting(config, model, clips, device)}
+        setting |= cut_record(embedded.cut)
     evaluation = Evaluation(config, metrics, reweighted, ranked, embedded, clips, setting)
     if rank() == 0:
         extra = {f"{name}_items": len(reasons) for name, reasons in bad.reasons.items()}
@@ -84,12 +88,11 @@ def evaluate(config: EvalConfig, folder: Path, device: torch.device) -> Evaluati
 
 
 def evaluation_setting(
-    config: EvalConfig, model: PEAudioVideo, clips: Manifest, device: torch.device
+    config: EvalConfig | LabelledConfig, model: PEAudioVideo, clips: Manifest, device: torch.device
 ) -> dict[str, str | int | float | None]:
-    """Everything beside the code that changes a score."""
+    """Everything beside the code that changes an embedding."""
     video = model.config.video
     return {
-        "protocol": config.protocol,
         "checkpoint_sha256": _sha256(Path(config.checkpoint) / WEIGHTS_FILE),
         "manifest_sha256": clips.sha256(),
         "clips": len(clips),
