@@ -73,6 +73,8 @@ def measure(source: Path, target: Path, to: str, preset: str) -> dict[str, objec
 
 
 def main() -> None:
+    if bad := [argument for argument in sys.argv[1:] if "=" not in argument]:
+        sys.exit(f"usage: python -m benchmarks conversion [preset=large] [folder=/tmp], not {bad[0]}")
     options = dict(argument.split("=", 1) for argument in sys.argv[1:])
     preset, where = options.pop("preset", "large"), options.pop("folder", None)
     if options:

@@ -3,12 +3,15 @@
 Nothing here is timed. Operations are counted by PyTorch on the meta device, bytes follow from the sizes of weights and
 embeddings (tests/test_expect.py compares both with a real step), and everything else is an assumption: an option.
 
-- compute: the frozen codec once, everything else three times (forward, and a backward of twice its operations).
+- compute: the frozen codec once, everything else three times (forward, and a backward of twice its operations), or
+  four with activation checkpointing, without which 16 clips of large need more memory than an H100 has.
 - ddp: a ring all-reduce of float32 gradients sends 2·(n−1)/n of them. fsdp: two all-gathers of the weights (forward,
   backward; half of it with parallel.shard_bf16) and a reduce-scatter of float32 gradients, (n−1)/n each.
 - ring loss: the right-hand embeddings of all pairings, each once, go round with their gradients: per rank n−1 messages
   of both and one of gradients alone. Gathering would send n−1 messages of all eight embeddings, and as many back, of
   their gradients.
+- wire: collectives go round in rings that enter and leave a node once, so that its GPUs share all its network cards;
+  in the ring loss every rank sends to its neighbour, of which one per node is in another node, by one card.
 - time of a step: compute and communication one after the other, so an upper bound: training overlaps most of it.
 """
 
@@ -20,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.peer import positive
 from pe_av import PEAudioVideo, build_model
 from pe_av.config import HEADS, PAIRINGS
 
@@ -61,10 +65,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=["small", "base", "large"])
     parser.add_argument("--preset", default="large", help="of the second and third table")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64, 256])
+    parser.add_argument("--gpus", type=positive, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--clips", type=float, default=100e6, help="of the whole training")
-    parser.add_argument("--batch", type=int, default=16, help="clips per GPU")
+    parser.add_argument("--batch", type=positive, default=16, help="clips per GPU")
     parser.add_argument("--strategy", default="fsdp", choices=["ddp", "fsdp"])
+    parser.add_argument("--passes", type=int, default=4, help="3 without activation checkpointing")
     parser.add_argument("--gathered-bytes", type=int, default=2, help="of a weight; 2: parallel.shard_bf16")
     parser.add_argument("--tflops", type=float, default=989, help="peak of one GPU, dense bf16; 989: H100")
     parser.add_argument("--utilization", type=float, default=0.4, help="of that peak")
@@ -85,7 +90,7 @@ def main() -> None:
     flops = {}
     for preset, model in models.items():
         codec, rest = clip_flops(model)
-        flops[preset] = codec + 3 * rest
+        flops[preset] = codec + options.passes * rest
         rate = speed / flops[preset]
         cells = [f"{value / 1e12:.2f}" for value in (codec, rest, flops[preset])]
         table.add_row(preset, *cells, f"{rate:.1f}", f"{options.clips / rate / 3600:,.0f}")
@@ -108,8 +113,9 @@ def main() -> None:
     for gpus in options.gpus:
         weights = weight_bytes(trained, gpus, options.strategy, options.gathered_bytes) if gpus > 1 else 0.0
         ring, gathered = ring_bytes(rows, gpus, dim), gather_bytes(rows, gpus, dim)
-        wire = (options.inside if gpus <= NODE else options.between) * 1e9
-        talk = (weights + ring) / wire
+        alone = gpus <= NODE
+        collective = options.inside if alone else min(options.inside, NODE * options.between)
+        talk = weights / collective / 1e9 + ring / (options.inside if alone else options.between) / 1e9
         cells = [f"{weights / 1e9:.1f}", f"{ring / 1e6:,.1f}", f"{gathered / 1e6:,.1f}", f"{compute:.2f}"]
         step.add_row(str(gpus), f"{rows * gpus:,}", *cells, f"{talk:.3f}", f"{talk / (talk + compute):.0%}")
         rate = gpus * rows / (compute + talk)

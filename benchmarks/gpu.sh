@@ -10,17 +10,18 @@
 cd "$(dirname "$0")/.." || exit 1
 export PYTHONPATH=$PWD DEVICE=${DEVICE:-cuda} PRESET=${PRESET:-small}
 LOGS=runs/gpu-$DEVICE
-mkdir -p "$LOGS" benchmarks/results
+mkdir -p "$LOGS"
 
+RESULTS=benchmarks/results
 if [ "$DEVICE" = cpu ]; then
-    # what a rehearsal measures is no result
-    rm -rf "$LOGS/before" && cp -r benchmarks/results "$LOGS/before"
-    trap 'rm -rf "$LOGS/results"; mv benchmarks/results "$LOGS/results"; mv "$LOGS/before" benchmarks/results' EXIT
-    trap 'exit 1' INT TERM
+    RESULTS=$LOGS/results
+    export BENCHMARK_RESULTS=$PWD/$RESULTS # what a rehearsal measures is no result
     DTYPE=float32 PRECISION=fp32 STEPS=2 BATCH=4 STEP="--clips 2 --repeats 1 --forms eager transformers" PAIRS=256 REPEATS=1
 else
     DTYPE=bfloat16 PRECISION=bf16 STEPS=30 BATCH=64 STEP="--most 256 --repeats 3" PAIRS=32768 REPEATS=5
 fi
+
+mkdir -p "$RESULTS"
 
 inference() { python -m benchmarks inference "$@" --preset "$PRESET" --device "$DEVICE" --dtype $DTYPE --repeats $REPEATS; }
 
@@ -65,8 +66,11 @@ ORDER="tests codec codec_bf16_peer frames frames_compiled text audio forward los
 [ "$DEVICE" = cpu ] && ORDER="codec frames text audio forward loss train_step train_ddp train_fsdp train_fp32 train_packed"
 
 [ "$1" = --again ] && AGAIN=1 && shift
-for part in ${*:-$ORDER}; do
+for part in "$@"; do
     [ -n "${COMMAND[$part]}" ] || { echo "no part $part; there are: ${!COMMAND[*]}" >&2; exit 1; }
+done
+trap 'kill -- -$group -$watch 2>/dev/null; exit 1' INT TERM
+for part in ${*:-$ORDER}; do
     [ -z "$AGAIN" ] && grep -qs passed "$LOGS/$part.outcome" && continue
     echo "== $part: ${COMMAND[$part]}"
     SECONDS=0
@@ -90,8 +94,8 @@ print(torch.cuda.get_device_name() if gpu else 'CPU', datetime.date.today(), 'to
     printf '%-18s %-8s %8s  %s\n' part outcome seconds 'last line'
     for part in $ORDER; do
         read -r outcome seconds 2>/dev/null <"$LOGS/$part.outcome" || { outcome="not run" seconds=; }
-        last=$(grep -v '^ *$' "$LOGS/$part.log" 2>/dev/null | tail -n 1 | cut -c 1-300)
+        last=$(grep -v '^ *$' "$LOGS/$part.log" 2>/dev/null | tail -n 1 | head -c 300 | iconv -c -t UTF-8)
         printf '%-18s %-8s %8s  %s\n' "$part" "$outcome" "$seconds" "$last"
     done
-} 2>/dev/null | tee "benchmarks/results/parts_$DEVICE.txt"
-! grep -qE ' (FAILED|not run) ' "benchmarks/results/parts_$DEVICE.txt"
+} 2>/dev/null | tee "$RESULTS/parts_$DEVICE.txt"
+! grep -qE ' (FAILED|not run) ' "$RESULTS/parts_$DEVICE.txt"

@@ -14,10 +14,22 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks.peer import Case, Pair, compare, pair, report, their_audio, their_codec, their_frames, their_text
+from benchmarks.peer import (
+    Case,
+    Pair,
+    compare,
+    pair,
+    positive,
+    report,
+    their_audio,
+    their_codec,
+    their_frames,
+    their_text,
+)
 from pe_av.device import pick_device
 
 HOP, RATE = 1920, 48_000
+DTYPES = ["float32", "bfloat16", "float16"]
 
 
 def codec(models: Pair) -> Iterator[Case]:
@@ -175,10 +187,10 @@ def main() -> None:
     parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=f"of {', '.join(CASES)}; default: all")
     parser.add_argument("--preset", default="small")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="float32", help="of ours")
-    parser.add_argument("--peer-dtype", default="float32", help="or autocast")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of ours")
+    parser.add_argument("--peer-dtype", default="float32", choices=[*DTYPES, "autocast"])
     parser.add_argument("--compile", action="store_true", help="our blocks")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--budget", type=float, default=60, help="seconds of a case after which no more repeats begin")
     options = parser.parse_args()
     subjects = options.subjects or list(CASES)

@@ -1,4 +1,4 @@
-"""Memory and time of the contrastive loss, beside the plain formula: `python benchmarks/loss.py [--device cuda]`.
+"""Memory and time of the contrastive loss, beside the plain formula: `python -m benchmarks loss [--device cuda]`.
 
 Each measurement runs in a process of its own: forward and backward of all pairings on random embeddings. Extra memory
 is the peak above the inputs; the gradients of the embeddings, which every form must return, are part of it. On a CPU
@@ -32,6 +32,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # this checkout, installed or not
 
+from benchmarks.peer import RESULTS
 from pe_av.config import PAIRINGS, LossConfig, Pairing
 from pe_av.loss import BLOCK, contrastive_loss, sigmoid_loss
 
@@ -189,8 +190,8 @@ def main() -> None:
     Console(width=140).print(table)
     result = {"device": name, "date": date.today().isoformat(), "torch": torch.__version__}
     result |= {"threads": options.threads or torch.get_num_threads(), "options": vars(options), "rows": rows}
-    path = Path(__file__).parent / "results" / f"loss_{'cuda' if cuda else 'cpu'}.json"
-    path.parent.mkdir(exist_ok=True)
+    path = RESULTS / f"loss_{'cuda' if cuda else 'cpu'}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"written to {path}")
 

@@ -3,11 +3,15 @@
 Also what the other benchmarks share: a process of its own for a measurement, memory, and the files under results/.
 """
 
+import argparse
 import ctypes
 import gc
+import importlib.util
 import json
 import multiprocessing
+import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pe_av import PEAudioVideo, build_model, load_model, save_model
 from pe_av.conversion.write_checkpoint import convert
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", Path(__file__).parent / "results"))  # elsewhere in a rehearsal
 
 
 @dataclass
@@ -55,6 +59,8 @@ class Pair:
 @contextmanager
 def checkpoints(preset: str) -> Iterator[tuple[str, str]]:
     """Two temporary folders with the same random weights: a checkpoint of ours, and one that transformers loads."""
+    if importlib.util.find_spec("transformers") is None:
+        sys.exit("the peer is transformers, which is not installed: pip install -e '.[dev]'")
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         model = build_model(preset)
@@ -259,6 +265,13 @@ def touch(model: torch.nn.Module) -> None:
         tensor.sum()
 
 
+def positive(text: str) -> int:
+    """The type of an argument that is 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return int(text)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # results
 
@@ -274,14 +287,16 @@ def chip(device: torch.device) -> str:
 
 def save(subject: str, rows: list[dict[str, Any]], setting: dict[str, Any], device: torch.device) -> None:
     """Into benchmarks/results/SUBJECT_DEVICE.json, in the place of what was measured in the same setting before."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{subject}_{device.type}.json"
     known = json.loads(path.read_text()) if path.is_file() else []
     key = {"chip": chip(device), **setting}
     facts = {"date", "torch", "rows"}
     known = [entry for entry in known if {name: entry[name] for name in entry.keys() - facts} != key]
     entry = key | {"date": str(date.today()), "torch": torch.__version__, "rows": rows}
-    path.write_text(json.dumps([*known, entry], indent=1) + "\n")
+    unfinished = path.with_suffix(f".{os.getpid()}")  # renamed when it is whole, so that no interruption leaves half
+    unfinished.write_text(json.dumps([*known, entry], indent=1) + "\n")
+    unfinished.replace(path)
 
 
 def report(subject: str, rows: list[dict[str, Any]], setting: dict[str, Any], device: torch.device) -> None:
@@ -295,3 +310,4 @@ def report(subject: str, rows: list[dict[str, Any]], setting: dict[str, Any], de
         table.add_row(row["case"], *seconds, f"{row['ratio']:.2f}", spread, share)
     Console().print(table)
     save(subject, rows, setting, device)
+    print(f"{subject}, times as fast: " + "; ".join(f"{row['case']} {row['ratio']:.2f}" for row in rows), flush=True)

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.peer import RESULTS, _cpu
+from benchmarks.peer import RESULTS, chip
 from pe_av.evaluation.ranking import ITEMS, QUERIES, retrieval_ranks
 
 MIB = 2**20
@@ -110,8 +110,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes")
     parser.add_argument("--repeats", type=int, default=3, help="up to 30,000 queries; beyond, one")
     options = parser.parse_args()
-    chip = torch.cuda.get_device_name() if options.device.startswith("cuda") else _cpu()
-    table = Table("embeddings", "size", "ours s", "products s", "ratio", "extra MiB", title=f"exact ranks on {chip}")
+    name = chip(torch.device(options.device))
+    table = Table("embeddings", "size", "ours s", "products s", "ratio", "extra MiB", title=f"exact ranks on {name}")
     rows = []
     for kind in options.kinds:
         for size in options.sizes:
@@ -121,9 +121,9 @@ def main() -> None:
             table.add_row(kind, f"{size:,}", *figures, f"{row['mib']:,.0f}")
             print(row, flush=True)
     Console().print(table)
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"ranks_{options.device.partition(':')[0]}.json"
-    result = {"chip": chip, "date": str(date.today()), "torch": torch.__version__, "dim": options.dim, "rows": rows}
+    result = {"chip": name, "date": str(date.today()), "torch": torch.__version__, "dim": options.dim, "rows": rows}
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 

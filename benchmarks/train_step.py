@@ -10,6 +10,7 @@ that fits is searched by doubling; `--clips` sets it instead, for all forms alik
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -19,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.peer import PeakMemory, apart, chip, save
+from benchmarks.peer import PeakMemory, apart, chip, positive, save
 from pe_av import build_model
 from pe_av.config import PAIRINGS, LossConfig, ModelConfig, OptimConfig, ParallelConfig
 from pe_av.config.compose import load_preset
@@ -165,13 +166,13 @@ def main() -> None:
     parser.add_argument("--preset", default="large")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--forms", nargs="+", choices=list(FORMS), help="default on a CPU: eager and transformers")
-    parser.add_argument("--clips", type=int, help="of a step, in all forms; default: the most that fit")
+    parser.add_argument("--clips", type=positive, help="of a step, in all forms; default: the most that fit")
     parser.add_argument("--most", type=int, default=1024, help="clips that are tried at most")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=positive, default=5)
     options = parser.parse_args()
     device = pick_device(options.device)
     cpu = device.type == "cpu"
-    clips = options.clips or (4 if cpu else None)
+    clips = options.clips if options.clips is not None else (4 if cpu else None)
     rows = []
     for form in options.forms or (["eager", "transformers"] if cpu else list(FORMS)):
         try:
@@ -190,6 +191,9 @@ def main() -> None:
         cells = (row.get(column, "") for column in columns)
         table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells))
     Console(width=140).print(table)
+    failed = [row["form"] for row in rows if "problem" in row]
+    if failed:
+        sys.exit(f"failed, so nothing is written: {', '.join(failed)}")
     save("train_step", rows, {"preset": options.preset, "clips": clips or "the most that fit"}, device)
 
 
