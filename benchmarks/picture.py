@@ -22,7 +22,7 @@ GREY = "#7d8590"  # readable on white and on black
 
 
 def rows_of(subject: str, device: str) -> list[dict]:
-    """The rows of a file, each with the setting that it was measured in, but for those of the model for tests; [] if there
+    """The rows of a file, each with its setting, but for those of the model for tests; [] if there
     is no such file."""
     path = RESULTS / f"{subject}_{device}.json"
     if not path.is_file():
