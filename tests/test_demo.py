@@ -79,6 +79,10 @@ def _manifest(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def _combinations(scenes: list[demo_scenes.Scene]) -> list[tuple[str, ...]]:
+    return [tuple(getattr(scene, name) for name in demo_scenes.ATTRIBUTES) for scene in scenes]
+
+
 def _digest(folder: Path) -> dict[str, str]:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
@@ -89,16 +93,32 @@ def _digest(folder: Path) -> dict[str, str]:
 
 
 def test_default_split_keeps_evaluation_apart_and_every_clip_tellable():
-    train, held_out = demo.split(DemoConfig())
+    train, held_out = demo.split(DemoConfig(train_clips=1472))
     assert (len(train), len(held_out)) == (1472, 256)
-    seen = [tuple(getattr(scene, name) for name in demo_scenes.ATTRIBUTES) for scene in train]
-    unseen = [tuple(getattr(scene, name) for name in demo_scenes.ATTRIBUTES) for scene in held_out]
+    seen, unseen = _combinations(train), _combinations(held_out)
     assert len(set(seen + unseen)) == 1728
     assert len({combination[:-1] for combination in unseen}) == 256, "two evaluation clips sound alike"
     assert len({demo_scenes.caption(scene) for scene in train + held_out}) == 1728
     for position in range(6):
         assert {c[position] for c in unseen} == {c[position] for c in seen}
     assert set(Counter(c[-1] for c in unseen).values()) == {42, 43}, "colours of the evaluation clips are unbalanced"
+
+
+def test_validation_clips_are_held_out_like_evaluation_clips_and_apart_from_them():
+    train, held_out = demo.split(DemoConfig(train_clips=1216, validation=True))
+    seen, unseen, evaluated = *map(_combinations, (train, held_out)), _combinations(demo.split(DemoConfig())[1])
+    assert (len(set(seen)), len(set(unseen))) == (1216, 256)
+    assert not set(unseen) & set(seen) and not set(evaluated) & set(seen + unseen)
+    assert len({combination[:-1] for combination in unseen}) == 256, "two validation clips sound alike"
+    assert set(Counter(c[-1] for c in unseen).values()) == {42, 43}, "colours of the validation clips are unbalanced"
+
+
+def test_more_clips_than_combinations_are_other_renderings_of_all():
+    train, held_out = demo.split(DemoConfig(train_clips=3000))
+    counts = Counter(_combinations(train))
+    assert set(counts) == set(_combinations(demo.split(DemoConfig(train_clips=1472))[0]))
+    assert set(counts.values()) == {2, 3} and not set(counts) & set(_combinations(held_out))
+    assert len({scene.phase for scene in train + held_out}) == 3256, "two scenes have the same rendering"
 
 
 def test_captions_state_each_attribute_and_nothing_that_contradicts_it(every):
@@ -135,7 +155,7 @@ def test_same_bytes_with_any_number_of_workers(tmp_path):
 
 def test_a_clip_is_the_same_in_a_larger_world():
     small = demo.split(DemoConfig(train_clips=100, eval_clips=10))
-    large = demo.split(DemoConfig())
+    large = demo.split(DemoConfig(train_clips=3000))
     assert set(small[0] + small[1]) < set(large[0] + large[1])
 
 
@@ -143,13 +163,12 @@ def test_a_clip_is_the_same_in_a_larger_world():
     ("config", "maximum"),
     [
         (DemoConfig(eval_clips=289), "288"),
-        (DemoConfig(eval_clips=256, train_clips=1473), "1472"),
         (DemoConfig(eval_clips=0), "288"),
-        (DemoConfig(train_clips=0), "1472"),
+        (DemoConfig(train_clips=0), "not positive"),
         (DemoConfig(seed=-1), "negative"),
     ],
 )
-def test_impossible_numbers_are_refused_with_the_largest_possible_one(config, maximum, tmp_path):
+def test_impossible_numbers_are_refused_with_what_is_possible(config, maximum, tmp_path):
     with pytest.raises(ConfigError, match=maximum) as error:
         demo.prepare_demo(replace(config, root=str(tmp_path)))
     assert "\n" not in str(error.value)

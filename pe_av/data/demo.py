@@ -31,10 +31,11 @@ def prepare_demo(config: DemoConfig) -> tuple[Path, Path]:
     A script that calls this needs the usual `if __name__ == "__main__":`, because the rendering processes import it.
 
     Raises:
-        ConfigError: the world has fewer scenes than asked for, or its folder has lost a manifest.
+        ConfigError: the numbers of clips are not possible, or its folder has lost a manifest.
     """
     splits = dict(zip(("train", "eval"), split(config), strict=True))
-    folder = Path(config.root) / f"v{WORLD_VERSION}-seed{config.seed}-{config.train_clips}-{config.eval_clips}"
+    name = f"v{WORLD_VERSION}-seed{config.seed}-{config.train_clips}-{config.eval_clips}"
+    folder = Path(config.root) / (name + "-validation" * config.validation)
     manifests = folder / "train.jsonl", folder / "eval.jsonl"
     if folder.exists():
         if not all(manifest.is_file() for manifest in manifests):
@@ -57,8 +58,10 @@ def prepare_demo(config: DemoConfig) -> tuple[Path, Path]:
 def split(config: DemoConfig) -> tuple[list[Scene], list[Scene]]:
     """The scenes to train on and those to evaluate on.
 
+    Training scenes go round the combinations that are not held out, each time in another rendering.
+
     Raises:
-        ConfigError: the world has fewer scenes than asked for.
+        ConfigError: the numbers of clips are not possible.
     """
     total = len(COMBINATIONS)
     audible = total // len(COLOURS)
@@ -68,17 +71,19 @@ def split(config: DemoConfig) -> tuple[list[Scene], list[Scene]]:
         raise ConfigError(
             f"data.demo.eval_clips={config.eval_clips} is not in 1 … {audible}, the number of distinct sounds"
         )
-    if not 1 <= config.train_clips <= total - config.eval_clips:
-        raise ConfigError(
-            f"data.demo.train_clips={config.train_clips} is not in 1 … {total - config.eval_clips}, "
-            f"which is what eval_clips={config.eval_clips} leaves of {total} scenes"
-        )
+    if config.train_clips < 1:
+        raise ConfigError(f"data.demo.train_clips={config.train_clips} is not positive")
     rng = np.random.default_rng(config.seed)
     sounds = rng.permutation(audible)[: config.eval_clips]
     colours = rng.permutation(np.arange(config.eval_clips) % len(COLOURS))
     held_out = sounds * len(COLOURS) + colours
-    rest = rng.permutation(np.setdiff1d(np.arange(total), held_out))[: config.train_clips]
-    return [make_scene(config.seed, i) for i in rest], [make_scene(config.seed, i) for i in held_out]
+    rest = rng.permutation(np.setdiff1d(np.arange(total), held_out))
+    if config.validation:  # the same sounds in the next colour: disjoint, and as balanced
+        held_out = sounds * len(COLOURS) + (colours + 1) % len(COLOURS)
+        rest = rest[~np.isin(rest, held_out)]
+    renderings, chosen = np.divmod(np.arange(config.train_clips), len(rest))
+    train = [make_scene(config.seed, i, rendering) for i, rendering in zip(rest[chosen], renderings, strict=True)]
+    return train, [make_scene(config.seed, i) for i in held_out]
 
 
 def _render_clip(job: tuple[Path, Scene]) -> None:

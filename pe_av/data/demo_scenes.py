@@ -96,9 +96,10 @@ class Scene:
         return self.rate * seconds + self.phase
 
 
-def make_scene(seed: int, index: int) -> Scene:
-    """The scene of combination `index`; with a random generator of its own, so it depends on no other scene."""
-    rng = np.random.default_rng((seed, index))
+def make_scene(seed: int, index: int, rendering: int = 0) -> Scene:
+    """A scene of combination `index`, of which every `rendering` has another caption, place, phase, … within its
+    attributes; with a random generator of its own, so it depends on no other scene."""
+    rng = np.random.default_rng((seed, index, rendering))
     stretch, hurry, x, y = rng.uniform(-1, 1, size=4).tolist()
     return Scene(
         *COMBINATIONS[index],
