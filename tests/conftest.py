@@ -14,6 +14,15 @@ from pe_av.config import AudioConfig, CodecConfig, ModelConfig, TextConfig, Tran
 ROWS = ((24, 12, 5), (9, 5, 8), (15, 7, 3))  # tokens, codec frames, video frames: every input has another longest row
 
 
+# files that take a minute or more: they start first, or one would run alone at the end
+LONG = ["test_matrix", "test_training", "test_parallel", "test_resume", "test_frame_training", "test_stream"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+
+
 @pytest.fixture(autouse=True)
 def same_random_numbers() -> None:
     torch.manual_seed(0)

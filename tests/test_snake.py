@@ -53,12 +53,13 @@ def test_snake_keeps_only_its_input():
 
 
 def test_the_kernels_of_snake_in_tritons_interpreter():
-    """Their arithmetic and their indices, without a GPU. The interpreter is chosen when Triton is imported."""
+    """Their arithmetic and their indices, without a GPU. The interpreter is chosen when Triton is imported; it truncates
+    to bfloat16, where a GPU rounds, so the test is in float32."""
     pytest.importorskip("triton")
     code = (
         "import test_snake, torch; from pe_av.model import fast_snake\n"
         "fast_snake._has_kernels = lambda x: True\n"
-        "test_snake.expect_snake(dtypes=(torch.float32, torch.bfloat16))"
+        "torch.manual_seed(0); test_snake.expect_snake()"
     )
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
