@@ -53,7 +53,7 @@ def test_snake_keeps_only_its_input():
 
 
 def test_the_kernels_of_snake_in_tritons_interpreter():
-    """Their arithmetic and their indices, without a GPU. The interpreter is chosen when Triton is imported; it truncates
+    """Their arithmetic and indices, without a GPU. The interpreter is chosen when Triton is imported; it truncates
     to bfloat16, where a GPU rounds, so the test is in float32."""
     pytest.importorskip("triton")
     code = (
