@@ -239,3 +239,11 @@ def test_an_incomplete_environment_costs_one_line(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ConfigError, match="RANK, MASTER_ADDR, MASTER_PORT not set: start with torchrun"):
         with process_group(torch.device("cpu"), timeout_minutes=1):
             pass
+
+
+def test_compilation_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    model = PEAudioVideo(config())
+    with pytest.raises(ConfigError, match="needs a C\\+\\+ compiler"):
+        parallelize(model, Embedder(model), ParallelConfig(compile=True), torch.device("cpu"))

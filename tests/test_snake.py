@@ -42,7 +42,21 @@ def expect_snake(device: str = "cpu", dtypes: tuple[torch.dtype, ...] = (torch.f
 def test_snake_and_its_derivatives():
     expect_snake(dtypes=(torch.float32, torch.bfloat16))
     x, alpha = torch.randn(2, 3, 4).double().requires_grad_(), (0.1 + torch.rand(1, 3, 1)).double().requires_grad_()
-    assert torch.autograd.gradcheck(snake, (x, alpha)) and torch.autograd.gradgradcheck(snake, (x, alpha))
+    assert torch.autograd.gradcheck(snake, (x, alpha), check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(snake, (x, alpha))
+
+
+def test_snake_under_the_transforms_of_torch_func():
+    x, alpha = torch.randn(4, 2, 3, 5).double(), (0.1 + torch.rand(1, 3, 1)).double()
+
+    def plain(x: Tensor) -> Tensor:
+        return x + (alpha * x).sin() ** 2 / (alpha + 1e-9)
+
+    def ours(x: Tensor) -> Tensor:
+        return snake(x, alpha)
+
+    for transform in (torch.func.vmap, torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(transform(ours)(x), transform(plain)(x))
 
 
 def test_snake_keeps_only_its_input():

@@ -9,6 +9,7 @@ the same elsewhere. Under torch.compile `codec.Snake` uses the plain formula, wh
 
 import functools
 import logging
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -26,13 +27,19 @@ def snake(x: Tensor, alpha: Tensor) -> Tensor:
 
 
 class _Snake(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, alpha: Tensor) -> Tensor:
-        ctx.save_for_backward(x, alpha)
+    def forward(x: Tensor, alpha: Tensor) -> Tensor:
         if _has_kernels(x):
             return _kernels().forward(x, alpha, EPSILON)
         sine = (alpha * x).sin_()
         return torch.addcmul(x, sine.mul_(sine), 1 / (alpha + EPSILON)).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -40,16 +47,30 @@ class _Snake(torch.autograd.Function):
         differentiable = torch.is_grad_enabled()  # the backward is to be differentiated itself: by PyTorch's operations
         if _has_kernels(x) and not differentiable:
             return _kernels().backward(gradient, x, alpha, EPSILON)
-        inverse, angle = 1 / (alpha + EPSILON), alpha * x
-        sine = angle.sin()
-        double_sine = 2 * sine * angle.cos()  # sin(2αx)
+        by_x, by_alpha = _derivatives(x, alpha)
         for_x = for_alpha = None
         if ctx.needs_input_grad[0]:
-            for_x = (gradient * (1 + double_sine * (alpha * inverse))).to(x.dtype)
+            for_x = (gradient * by_x()).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            slope = (x * double_sine - sine.square() * inverse) * inverse
-            for_alpha = (gradient * slope).sum((0, 2), keepdim=True).to(alpha.dtype)
+            for_alpha = (gradient * by_alpha()).sum((0, 2), keepdim=True).to(alpha.dtype)
         return for_x, for_alpha
+
+    @staticmethod
+    def jvp(ctx: Any, x_tangent: Tensor | None, alpha_tangent: Tensor | None) -> Tensor:
+        x, alpha = ctx.saved_tensors
+        tangents = zip(_derivatives(x, alpha), (x_tangent, alpha_tangent), strict=True)
+        return sum(slope() * tangent for slope, tangent in tangents if tangent is not None).to(x.dtype)
+
+
+def _derivatives(x: Tensor, alpha: Tensor) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """∂f/∂x and ∂f/∂α, each computed when it is called."""
+    inverse, angle = 1 / (alpha + EPSILON), alpha * x
+    sine = angle.sin()
+    double_sine = 2 * sine * angle.cos()  # sin(2αx)
+    return (
+        lambda: 1 + double_sine * (alpha * inverse),
+        lambda: (x * double_sine - sine.square() * inverse) * inverse,
+    )
 
 
 def _kernels() -> ModuleType:

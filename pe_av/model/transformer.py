@@ -56,7 +56,7 @@ def attend(
             blocks = create_block_mask(
                 lambda b, h, i, j: full[b, 0, i, j], mask.shape[0], None, *full.shape[2:], device=mask.device
             )
-        # the fused kernel has a backward on CUDA only; elsewhere use PyTorch's unfused fallback
+        # fused on CUDA only; elsewhere PyTorch's unfused fallback, which has no backward
         flex = torch.compile(flex_attention) if q.is_cuda else flex_attention
         return flex(q, k, v, block_mask=blocks, enable_gqa=grouped), None
     k, v = (repeat(x, "b k s d -> b (k g) s d", g=q.shape[1] // k.shape[1]) for x in (k, v))

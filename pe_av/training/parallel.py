@@ -4,6 +4,8 @@ The logit scales and biases stay out of DDP and FSDP: they are used in the loss 
 the loss already gives every rank their whole gradient (pe_av/loss.py).
 """
 
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -31,8 +33,12 @@ def parallelize(model: nn.Module, embedder: nn.Module, config: ParallelConfig, d
         embedder: calls the model; all trained parameters but the logit scales and biases are used in its forward.
     Returns:
         the embedder, wrapped if DDP is used. Its parameters are still the model's, with rank 0's values on all ranks.
+    Raises:
+        ConfigError: there is nothing to compile with.
     """
     if config.compile:
+        if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+            raise ConfigError("parallel.compile=true needs a C++ compiler on a CPU: install g++, or leave it out")
         # a compiled block serves every length, but is compiled again with and without a mask, with and without
         # gradients, in training and evaluation, and for each width that the towers have: more often than the limit of 8
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
