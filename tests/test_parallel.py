@@ -145,7 +145,8 @@ def resume(folder: Path, parallel: ParallelConfig, first: int, last: int) -> Non
         torch.save(torch.tensor(history), folder / f"history-{first}.pt")
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, alone: Tensor, strategy: str):
     for ranks, first, last in ((2, 0, 4), (1, 4, 8), (3, 8, 12)):
         launch(ranks, resume, tmp_path, ParallelConfig(strategy=strategy), first, last)
