@@ -4,14 +4,16 @@ Nothing in the folder can run code: the config is checked against dataclasses, a
 """
 
 import os
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from pe_av.config import ConfigError, ModelConfig, PEAudioFrameConfig
 from pe_av.config.compose import load_preset, model_config_yaml, read_model_config
@@ -39,9 +41,21 @@ def build_model(
     """
     if isinstance(config, str):
         config = load_preset(config)
-    with torch.device(device):
+    without_values = _Uninitialized() if torch.device(device).type == "meta" else nullcontext()
+    with torch.device(device), without_values:
         model = PEAudioVideo(config) if isinstance(config, ModelConfig) else PEAudioFrame(config)
     return model.to(dtype=dtype).eval()
+
+
+class _Uninitialized(TorchFunctionMode):
+    """Leaves out random weights, of which the meta device has no values: asking it for them imports PyTorch's compiler,
+    which takes ten times as long as building the model."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ in ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "erfinv_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def load_model(

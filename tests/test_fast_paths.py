@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import in_double, random_batch, randomize, relative_error, small_c
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pe_av import save_model
 from pe_av.model import codec, packing
 from pe_av.model.codec import CodecEncoder
 from pe_av.model.pe_audio_video import PEAudioVideo
@@ -239,9 +241,13 @@ def _counting(forward, counted: list[int]):
     return counting
 
 
-def test_importing_the_package_imports_little_beyond_torch():
+def test_importing_the_package_and_loading_a_model_import_little_beyond_torch(tmp_path: Path):
     """Each of these takes a second or so, and none is needed to load a model and embed clips."""
-    code = "import sys, torch; before = set(sys.modules); import pe_av; print(*sorted(set(sys.modules) - before))"
+    save_model(PEAudioVideo(small_config()), tmp_path)
+    code = (
+        "import sys, torch; before = set(sys.modules); import pe_av; "
+        f"pe_av.load_model({str(tmp_path)!r}); print(*sorted(set(sys.modules) - before))"
+    )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     heavy = [
         "torch._dynamo",

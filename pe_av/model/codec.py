@@ -124,6 +124,8 @@ class CodecEncoder(nn.Module):
         """Random weights that act like a scattering transform (arXiv 1203.1513): random filters, a non-linearity, and a
         low-pass window in every strided convolution. Without the windows, striding aliases high frequencies onto low
         ones and destroys most of the signal; with them, the bands and envelopes of a sound survive."""
+        if self.conv_in.weight.is_meta:  # has no values, and computing with none imports PyTorch's compiler
+            return
         for module in self.modules():
             if isinstance(module, nn.Conv1d):
                 fan_in = module.weight[0].numel()
