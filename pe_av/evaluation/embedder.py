@@ -1,7 +1,8 @@
 """The embeddings of a data set, for retrieval: of every clip, and of every different caption."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,14 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from pe_av.device import to_device
+from pe_av.config import EvalConfig
+from pe_av.config.evaluation import LabelledConfig
+from pe_av.data.manifest import Clip, Manifest
+from pe_av.device import precision_context, to_device
+from pe_av.loading.bad_items import BadItems
+from pe_av.loading.batch import Collate
+from pe_av.loading.loader import Loader
+from pe_av.loading.sampler import BatchSampler
 from pe_av.loading.split import EMPTY_MICRO_BATCH, joined, passes_of, split_batch, with_passes
 from pe_av.media.processor import Processor
 from pe_av.model.pe_audio_video import PEAudioVideo
@@ -47,6 +55,40 @@ class EmbeddedClips:
     partial: list[dict[str, Any]]  # {"id", "error"} of the partial items
     cut: list[dict[str, Any]]  # {"id", "error", "seconds"} of the items that were longer than data.max_seconds
     sentences: list[str]  # the T captions
+
+
+def embed_manifest(
+    config: EvalConfig | LabelledConfig,
+    model: PEAudioVideo,
+    clips: Manifest,
+    read: Callable[[Clip], dict[str, Any]],
+    collate: Collate,
+    folder: Path,
+    device: torch.device,
+    title: str,
+) -> tuple[EmbeddedClips, BadItems]:
+    """Embed the clips of a manifest, which the ranks share, and list in `folder` the damaged, partial and cut ones.
+
+    Args:
+        read: what is read of a clip.
+        title: of the progress bar.
+    Raises:
+        ConfigError: too many clips are damaged.
+    """
+    loader = Loader(
+        clips,
+        read,
+        BatchSampler(len(clips), config.batch_size, rank=rank(), world=world_size()),
+        collate,
+        config.data.num_workers,
+        config.data.time_limit,
+    )
+    bad = BadItems(folder, len(clips), config.max_bad_fraction, writes=rank() == 0)
+    with precision_context(config.precision, device):
+        embedded = embed_clips(Embedder(model), loader, collate.processor, device, title)
+    loader.close()
+    bad.add(embedded.read, embedded.bad, embedded.partial, embedded.cut)
+    return embedded, bad
 
 
 @torch.no_grad()

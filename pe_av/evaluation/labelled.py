@@ -14,15 +14,10 @@ from pe_av.config import HEADS, ConfigError
 from pe_av.config.evaluation import MODALITIES, LabelledConfig
 from pe_av.data.cache import reader_for
 from pe_av.data.manifest import Clip, Manifest
-from pe_av.device import precision_context
-from pe_av.evaluation.embedder import Embedder, embed_clips
-from pe_av.loading.bad_items import BadItems
+from pe_av.evaluation.embedder import embed_manifest
 from pe_av.loading.batch import Collate
-from pe_av.loading.loader import Loader
-from pe_av.loading.sampler import BatchSampler
 from pe_av.media.processor import Processor
 from pe_av.model.pe_audio_video import PEAudioVideo
-from pe_av.ranks import rank, world_size
 
 
 @dataclass
@@ -109,19 +104,8 @@ def embed_labelled(
             tower for name in config.modalities or model_modalities(model, prompts=False) for tower in HEADS[name]
         }
         read = TracksReader(read, tuple(towers))
-    loader = Loader(
-        clips,
-        read,
-        BatchSampler(len(clips), config.batch_size, rank=rank(), world=world_size()),
-        Collate(processor, kinds=()),
-        config.data.num_workers,
-        config.data.time_limit,
-    )
-    bad = BadItems(folder, len(clips), config.max_bad_fraction, writes=rank() == 0)
-    with precision_context(config.precision, device):
-        embedded = embed_clips(Embedder(model), loader, processor, device, "embedding")
-    loader.close()
-    bad.add(embedded.read, embedded.bad, embedded.partial, embedded.cut)
+    collate = Collate(processor, kinds=())
+    embedded, bad = embed_manifest(config, model, clips, read, collate, folder, device, "embedding")
 
     known = {clip.id: (labels_of(clip), clip.split) for clip in clips}
     rows = [row for row, name in enumerate(embedded.ids) if known[name][0]]

@@ -13,18 +13,15 @@ from pe_av.config.evaluation import LabelledConfig
 from pe_av.data.cache import reader_for
 from pe_av.data.clips import open_manifest
 from pe_av.data.manifest import Manifest
-from pe_av.device import computes_in_bf16, pick_device, precision_context
-from pe_av.evaluation.embedder import EmbeddedClips, Embedder, cut_record, embed_clips
+from pe_av.device import computes_in_bf16, pick_device
+from pe_av.evaluation.embedder import EmbeddedClips, cut_record, embed_manifest
 from pe_av.evaluation.html_report import Evaluation, write_report
 from pe_av.evaluation.metrics import Ranked, evaluate_embeddings
 from pe_av.evaluation.report import plot_similarity, print_table, write_metrics
-from pe_av.loading.bad_items import BadItems
 from pe_av.loading.batch import Collate
-from pe_av.loading.loader import Loader
-from pe_av.loading.sampler import BatchSampler
 from pe_av.media.processor import Processor
 from pe_av.model.pe_audio_video import PEAudioVideo
-from pe_av.ranks import process_group, rank, world_size
+from pe_av.ranks import process_group, rank
 
 
 def evaluate_checkpoint(config: EvalConfig, folder: Path) -> dict[str, dict[str, float | int]]:
@@ -49,19 +46,8 @@ def evaluate(config: EvalConfig, folder: Path, device: torch.device) -> Evaluati
     processor = Processor.from_pretrained(config.checkpoint)
     clips = open_manifest(config.data, "eval")
     folder.mkdir(parents=True, exist_ok=True)
-    loader = Loader(
-        clips,
-        reader_for(config.data, model, processor),
-        BatchSampler(len(clips), config.batch_size, rank=rank(), world=world_size()),
-        Collate(processor),
-        config.data.num_workers,
-        config.data.time_limit,
-    )
-    bad = BadItems(folder, len(clips), config.max_bad_fraction, writes=rank() == 0)
-    with precision_context(config.precision, device):
-        embedded = embed_clips(Embedder(model), loader, processor, device, "evaluating")
-    loader.close()
-    bad.add(embedded.read, embedded.bad, embedded.partial, embedded.cut)
+    read = reader_for(config.data, model, processor)
+    embedded, bad = embed_manifest(config, model, clips, read, Collate(processor), folder, device, "evaluating")
     check_embedded(embedded, config)
     arguments = embedded.embeds, embedded.valid, embedded.texts, embedded.captions, True
     ranked: dict[str, Ranked] = {}
