@@ -28,7 +28,7 @@ from benchmarks.growing import CPU, PARTS, Point, exponent, grow, series
 from benchmarks.peer import RESULTS, PeakMemory, apart, checkpoints, chip, save
 from pe_av.config import HEADS, PAIRINGS, LossConfig
 from pe_av.config.compose import load_preset
-from pe_av.evaluation.metrics import retrieval_ranks
+from pe_av.evaluation.ranking import retrieval_ranks
 from pe_av.loss import contrastive_loss, gathered_loss
 
 SIZES = {
