@@ -5,7 +5,7 @@ settings from YAML and the command line. Nothing here imports torch.
 """
 
 from pe_av.config.checks import ConfigError, nearest, one_of, require
-from pe_av.config.data import DataConfig, DemoConfig, MixConfig, SpanDemoConfig, StampsConfig
+from pe_av.config.data import DataConfig, DemoConfig, MixConfig, SpanDemoConfig, StampsConfig, WindowsConfig
 from pe_av.config.model import (
     ACTIVATIONS,
     ARCHITECTURES,
@@ -43,5 +43,6 @@ __all__ = [
     "CodecConfig", "ConfigError", "ConvertConfig", "DataConfig", "DemoConfig", "EvalConfig", "InitConfig",
     "LoraConfig", "LossConfig", "MixConfig", "ModelConfig", "OptimConfig", "PEAudioFrameConfig", "Pairing",
     "ParallelConfig", "RopeConfig", "RunConfig", "SpanDemoConfig", "SpanTrainConfig", "StampsConfig", "TextConfig",
-    "TrainConfig", "TransformerConfig", "VideoConfig", "VisionConfig", "nearest", "one_of", "require",
+    "TrainConfig", "TransformerConfig", "VideoConfig", "VisionConfig", "WindowsConfig", "nearest", "one_of",
+    "require",
 ]  # fmt: skip

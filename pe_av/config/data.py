@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from pe_av.config.checks import require
+from pe_av.config.checks import one_of, require
 
 
 @dataclass
@@ -89,6 +89,41 @@ class DataConfig:
             "data.shards is read as a stream, without data.cache, data.in_memory and data.batch_tokens: unset these",
         )
         require(self.shuffle_window >= 1, f"data.shuffle_window={self.shuffle_window} is not positive")
+
+
+@dataclass
+class WindowsConfig:
+    """Evaluation of clips that last longer than a window: several windows of each are embedded."""
+
+    seconds: float | None = None  # The length of a window; null: clips are embedded whole, up to data.max_seconds.
+    hop: float | None = None  # From the beginning of a window to that of the next; null: `seconds`, without overlap.
+    # mean | best: a clip's embedding is the mean of those of its windows; or the score of two clips, or of a clip and a
+    # caption, is the highest of their windows.
+    combine: str = "mean"
+
+    def __post_init__(self) -> None:
+        one_of("windows.combine", self.combine, ("mean", "best"))
+        require(self.seconds is None or self.seconds > 0, f"windows.seconds={self.seconds} is not positive")
+        require(self.hop is None or self.seconds is not None, "windows.hop is set without windows.seconds: set both")
+        require(
+            self.hop is None or 0 < self.hop <= (self.seconds or 0),
+            f"windows.hop={self.hop} is not between 0 and windows.seconds={self.seconds}: what lies between windows "
+            "would not be seen",
+        )
+
+    def check(self, data: DataConfig) -> None:
+        """Raise ConfigError if the clips of `data` cannot be embedded in windows."""
+        if self.seconds is None:
+            return
+        require(
+            self.seconds <= data.max_seconds,
+            f"windows.seconds={self.seconds} is longer than data.max_seconds={data.max_seconds}, to which windows "
+            "would be cut: raise the latter",
+        )
+        require(
+            data.cache is None,
+            "windows.seconds and data.cache are both set, but the cache holds features of whole clips: unset one",
+        )
 
 
 @dataclass

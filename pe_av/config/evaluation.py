@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 
 from pe_av.config.checks import one_of, require
-from pe_av.config.data import DataConfig, SpanDemoConfig
+from pe_av.config.data import DataConfig, SpanDemoConfig, WindowsConfig
 
 MODALITIES = ("audio", "video", "audio_video")
 
@@ -16,6 +16,7 @@ class LabelledConfig:
     data: DataConfig = field(default_factory=DataConfig)
     # What clips are classified by, such as [audio, audio_video]; null: all that model and clips have.
     modalities: list[str] | None = None
+    windows: WindowsConfig = field(default_factory=WindowsConfig)
     batch_size: int = 64  # Of one rank.
     device: str = "auto"  # A device of PyTorch, such as cuda or cpu; auto: cuda if there is a GPU.
     precision: str = "fp32"  # fp32 | bf16 (autocast) | auto (bf16 on a GPU that computes in it, else fp32)
@@ -25,6 +26,7 @@ class LabelledConfig:
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, f"batch_size={self.batch_size} is not positive")
         one_of("precision", self.precision, ("auto", "fp32", "bf16"))
+        self.windows.check(self.data)
         for name in self.modalities or ():
             one_of("modalities", name, MODALITIES)
         require(self.modalities != [], "modalities=[] leaves nothing to classify by: name some, or null for all")
@@ -75,6 +77,7 @@ class ProbeConfig(LabelledConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.windows.combine == "mean", "windows.combine=best scores pairs; a probe needs windows.combine=mean")
         for name in ("inverse_regularization", "neighbours"):
             values = getattr(self, name)
             require(bool(values) and min(values) > 0, f"{name}={values} must be positive numbers, at least one")

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pe_av.config.checks import nearest, one_of, require
-from pe_av.config.data import DataConfig, SpanDemoConfig
+from pe_av.config.data import DataConfig, SpanDemoConfig, WindowsConfig
 from pe_av.config.model import CAPTIONS, HEADS, PAIRINGS, ModelConfig, PEAudioFrameConfig
 
 
@@ -251,6 +251,7 @@ class EvalConfig:
 
     checkpoint: Any = "???"  # The folder of a native checkpoint; or a list of such, which are compared with the first.
     data: DataConfig = field(default_factory=DataConfig)
+    windows: WindowsConfig = field(default_factory=WindowsConfig)
     batch_size: int = 64  # Of one rank.
     device: str = "auto"  # A device of PyTorch, such as cuda or cpu; auto: cuda if there is a GPU.
     precision: str = "fp32"  # fp32 | bf16 (autocast) | auto (bf16 on a GPU that computes in it, else fp32)
@@ -266,6 +267,7 @@ class EvalConfig:
         require(self.batch_size >= 1, f"batch_size={self.batch_size} is not positive")
         one_of("precision", self.precision, ("auto", "fp32", "bf16"))
         one_of("protocol", self.protocol, ("dot", "cosine"))
+        self.windows.check(self.data)
         paths = self.checkpoint if isinstance(self.checkpoint, list) else [self.checkpoint]
         require(
             len(paths) > 0 and all(isinstance(path, str | int) for path in paths),

@@ -42,7 +42,8 @@ from pe_av.evaluation.labelled import (
     model_modalities,
 )
 from pe_av.evaluation.localization import average_precision
-from pe_av.evaluation.ranking import DotProducts, checked_target, others_at_or_above
+from pe_av.evaluation.metrics import windows_of
+from pe_av.evaluation.ranking import BestWindows, checked_target, highest, others_at_or_above
 from pe_av.evaluation.report import write_metrics
 from pe_av.evaluation.retrieval import evaluation_setting
 from pe_av.media.processor import Processor
@@ -53,33 +54,38 @@ CONFUSED = 20  # pairs of classes that metrics.json lists
 NAMED = 60  # with more classes, the picture has no names: they would be too small to read
 
 
-def classification_metrics(embeds: Tensor, classes: Tensor, target: Tensor) -> dict[str, Any]:
+def classification_metrics(
+    embeds: Tensor, classes: Tensor, target: Tensor, windows: tuple[Tensor, Tensor] | None = None
+) -> dict[str, Any]:
     """
     Args:
         embeds: (N, D) of clips, at least one.
         classes: (C, D).
         target: (N, M) int64, the classes of each clip, padded with -1; each has at least one.
+        windows: (V, D) of the clips, by the best of which they are scored, and (V,) ascending, the clip of each.
     Returns:
         "top-1", "top-5": percent of clips of which a true class is among the first k; at equal scores, a class that is
         not true comes first. "mean per class": the mean over the classes of the top-1 of their clips. "mAP": the mean
         over the classes of the average precision with which their scores sort the clips, in percent. "chance": top-1
         of a guess. "clips", "classes": their numbers; "classes_without_clips": the number of those that no clip has,
         which no mean counts. "ci95": [low, high] of top-1 and top-5, by bootstrap over the clips. "AP": (C,) list, in
-        percent, None without a clip. "confusion": (C, C) list of the number of clips of a class (row) that got a class
-        (column). The last and "mean per class" are missing if a clip has several classes.
+        percent, None without a clip. "ranks": (N,) list, of the best true class of each clip. "confusion": (C, C) list
+        of the number of clips of a class (row) that got a class (column). The last and "mean per class" are missing if
+        a clip has several classes.
     Raises:
         ValueError: embeddings are not finite, shapes do not match, or a target is outside the classes.
     """
     target = checked_target(embeds, classes, target)
-    ranks = 1 + others_at_or_above(DotProducts(embeds, classes), target)[:, 0]
+    rows, clip = (embeds, torch.arange(len(embeds))) if windows is None else windows
+    ranks = 1 + others_at_or_above(BestWindows(rows, clip, classes, torch.arange(len(classes))), target)[:, 0]
     is_true = torch.zeros(len(embeds), len(classes), dtype=torch.bool)
     given = target >= 0
     is_true[given.nonzero()[:, 0], target[given]] = True
     counts = is_true.sum(0)
 
     # equal clips are multiplied once: a product's rounding may depend on where in a matrix a row stands
-    distinct, inverse = embeds.unique(dim=0, return_inverse=True)
-    scores = (distinct.double() @ classes.double().T)[inverse]
+    distinct, inverse = rows.unique(dim=0, return_inverse=True)
+    scores = highest((distinct.double() @ classes.double().T)[inverse], clip, len(embeds), 0)
     precisions = [average_precision(scores[:, c], is_true[:, c]) if counts[c] else None for c in range(len(classes))]
     hits = {f"top-{k}": 100.0 * (ranks <= k).numpy() for k in (1, 5)}
     bounds = intervals(ranks.numpy(), hits, np.arange(len(ranks)))
@@ -91,6 +97,7 @@ def classification_metrics(embeds: Tensor, classes: Tensor, target: Tensor) -> d
         "classes_without_clips": int((counts == 0).sum()),
         "ci95": {name: bounds[name] for name in hits},
         "AP": [None if value is None else 100 * value for value in precisions],
+        "ranks": ranks.tolist(),
     }
     if is_true.sum(1).max() == 1:
         truth = is_true.long().argmax(1)
@@ -199,15 +206,16 @@ def _evaluate(clips: LabelledClips, modality: str, names: Sequence[str], classes
     targets = [torch.tensor([number[label] for label in clips.labels[row]]) for row in rows.tolist()]
     target = pad_sequence(targets, batch_first=True, padding_value=-1)
     embeds = clips.embeds[modality][rows]
-    metrics = classification_metrics(embeds, classes, target)
-    precisions = metrics.pop("AP")
+    windows = clips.windows and windows_of(clips.windows, (), modality, embeds, rows)
+    metrics = classification_metrics(embeds, classes, target, windows)
+    precisions, ranks = metrics.pop("AP"), metrics.pop("ranks")
     metrics["AP"] = {name: value for name, value in zip(names, precisions, strict=True) if value is not None}
     metrics["classes_without_clips"] = [name for name, value in zip(names, precisions, strict=True) if value is None]
     if "confusion" in metrics:
         metrics["most confused"] = most_confused(metrics["confusion"], names)
     splits = [clips.splits[row] for row in rows.tolist()]
     if len(set(splits) - {None}) > 1:
-        first = others_at_or_above(DotProducts(embeds, classes), target)[:, 0] == 0
+        first = torch.tensor(ranks) == 1
         by_split = {
             split: 100 * first[torch.tensor([one == split for one in splits])].double().mean().item()
             for split in sorted(set(splits) - {None})

@@ -1,7 +1,7 @@
 """The embeddings of a data set, for retrieval: of every clip, and of every different caption."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from pe_av.config import EvalConfig
 from pe_av.config.evaluation import LabelledConfig
 from pe_av.data.manifest import Clip, Manifest
 from pe_av.device import precision_context, to_device
+from pe_av.evaluation.windows import WindowedClips, windowed
 from pe_av.loading.bad_items import BadItems
 from pe_av.loading.batch import Collate
 from pe_av.loading.loader import Loader
@@ -41,6 +42,15 @@ class Embedder(nn.Module):
 
 
 @dataclass
+class EmbeddedWindows:
+    """The embeddings of the W windows of some clips; as in `EmbeddedClips`."""
+
+    embeds: dict[str, Tensor]  # name -> (W, D)
+    valid: dict[str, Tensor]  # name -> (W,)
+    clip: Tensor  # (W,) ascending, the row of the clip that each window is of
+
+
+@dataclass
 class EmbeddedClips:
     """The embeddings of N clips and of their T different captions; the same on every rank."""
 
@@ -55,6 +65,7 @@ class EmbeddedClips:
     partial: list[dict[str, Any]]  # {"id", "error"} of the partial items
     cut: list[dict[str, Any]]  # {"id", "error", "seconds"} of the items that were longer than data.max_seconds
     sentences: list[str]  # the T captions
+    windows: EmbeddedWindows | None = None  # if pairs are scored by the best windows; `embeds` has their means
 
 
 def embed_manifest(
@@ -69,26 +80,30 @@ def embed_manifest(
 ) -> tuple[EmbeddedClips, BadItems]:
     """Embed the clips of a manifest, which the ranks share, and list in `folder` the damaged, partial and cut ones.
 
+    With `windows.seconds`, long clips are embedded in windows, and the lists are of windows.
+
     Args:
         read: what is read of a clip.
         title: of the progress bar.
     Raises:
         ConfigError: too many clips are damaged.
     """
+    windows = None if config.windows.seconds is None else windowed(clips, config.windows)
+    read_clips = clips if windows is None else windows
     loader = Loader(
-        clips,
+        read_clips,
         read,
-        BatchSampler(len(clips), config.batch_size, rank=rank(), world=world_size()),
+        BatchSampler(len(read_clips), config.batch_size, rank=rank(), world=world_size()),
         collate,
         config.data.num_workers,
         config.data.time_limit,
     )
-    bad = BadItems(folder, len(clips), config.max_bad_fraction, writes=rank() == 0)
+    bad = BadItems(folder, len(read_clips), config.max_bad_fraction, writes=rank() == 0)
     with precision_context(config.precision, device):
         embedded = embed_clips(Embedder(model), loader, collate.processor, device, title)
     loader.close()
     bad.add(embedded.read, embedded.bad, embedded.partial, embedded.cut)
-    return embedded, bad
+    return embedded if windows is None else of_clips(embedded, windows, config.windows.combine), bad
 
 
 @torch.no_grad()
@@ -158,6 +173,41 @@ def _embed_of_all_ranks(
     passes = sorted({one for theirs in of_all_ranks(passes_of(micro_batch)) for one in theirs})
     embeds = embedder(to_device(with_passes(micro_batch, passes, processor.config), device)) if passes else {}
     return of_all_ranks({name: value.float().cpu() for name, value in embeds.items()})
+
+
+def of_clips(embedded: EmbeddedClips, windows: WindowedClips, combine: str) -> EmbeddedClips:
+    """The embeddings of clips from those of their windows: for each name the mean over the windows that have it.
+
+    Args:
+        embedded: of the windows, in their order; those that could not be read are missing.
+        combine: mean | best. With "best" the result also keeps the windows.
+    """
+    remaining = iter(embedded.ids)
+    next_id = next(remaining, None)
+    rows = []
+    for row, window in zip(windows.rows.tolist(), windows, strict=True):
+        if window.id == next_id:
+            rows.append(row)
+            next_id = next(remaining, None)
+    used, clip = torch.tensor(rows, dtype=torch.int64).unique_consecutive(return_inverse=True)
+    first = torch.searchsorted(clip, torch.arange(len(used)))
+    means, valid = {}, {}
+    for name, values in embedded.embeds.items():
+        has = embedded.valid[name]
+        counts = clip[has].bincount(minlength=len(used))
+        sums = torch.zeros(len(used), values.shape[1], dtype=torch.float64)
+        sums.index_add_(0, clip[has], values[has].double())
+        means[name] = (sums / counts.clamp(min=1)[:, None]).to(values.dtype)
+        valid[name] = counts > 0
+    return replace(
+        embedded,
+        embeds=means,
+        valid=valid,
+        keys={kind: keys[first] for kind, keys in embedded.keys.items()},
+        ids=[windows.clips[row].id for row in used.tolist()],
+        captions=embedded.captions[first],
+        windows=EmbeddedWindows(embedded.embeds, embedded.valid, clip) if combine == "best" else None,
+    )
 
 
 def cut_record(cut: Sequence[dict[str, Any]]) -> dict[str, float | int]:

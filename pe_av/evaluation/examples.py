@@ -14,7 +14,8 @@ from torchvision.io import encode_jpeg
 
 from pe_av.data.manifest import Clip, Manifest
 from pe_av.evaluation.embedder import EmbeddedClips
-from pe_av.evaluation.metrics import DIRECTIONS, Ranked
+from pe_av.evaluation.metrics import DIRECTIONS, Ranked, windows_of
+from pe_av.evaluation.ranking import highest
 from pe_av.media.audio import read_audio
 from pe_av.media.frames import iter_frames
 from pe_av.media.tracks import MediaError
@@ -43,19 +44,20 @@ def pick_examples(direction: str, ranked: Ranked, embedded: EmbeddedClips, cosin
         side is {"clip": row of the embeddings or None, "text": caption or None}.
     """
     query_name, item_name = DIRECTIONS[direction]
-    queries = _rows(embedded, query_name, ranked.queries)
-    items = _rows(embedded, item_name, ranked.items)
-    if cosine:
-        queries, items = F.normalize(queries, dim=1), F.normalize(items, dim=1)
 
     order = ranked.ranks.argsort(stable=True)
     first = order[ranked.ranks[order] == 1]
     candidates = first[:: max(1, -(-len(first) // CANDIDATES))].tolist()
     last = order.flip(0)[: WORST + BEST].tolist()
-    looked_at = list(dict.fromkeys(candidates + last))
+    looked_at = sorted({*candidates, *last})
+    queries, query_of = _side_windows(embedded, query_name, ranked.queries[looked_at])
+    items, item_of = _side_windows(embedded, item_name, ranked.items)
+    if cosine:
+        queries, items = F.normalize(queries, dim=1), F.normalize(items, dim=1)
     # float64 tells near ties apart, and is affordable where the gallery is small
     dtype = torch.float64 if len(items) < 10_000 else torch.float32
-    scores = dict(zip(looked_at, queries[looked_at].to(dtype) @ items.to(dtype).T, strict=True))
+    products = highest(queries.to(dtype) @ items.to(dtype).T, item_of, len(ranked.items), 1)
+    scores = dict(zip(looked_at, highest(products, query_of, len(looked_at), 0), strict=True))
     true = {query: ranked.target[query][ranked.target[query] >= 0].unique() for query in looked_at}
 
     def margin(query: int) -> float:
@@ -89,9 +91,13 @@ def pick_examples(direction: str, ranked: Ranked, embedded: EmbeddedClips, cosin
     return shown
 
 
-def _rows(embedded: EmbeddedClips, name: str, numbers: Tensor) -> Tensor:
+def _side_windows(embedded: EmbeddedClips, name: str, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """(V, D) what one side of some pairs is scored by, and (V,) which of `numbers` each row is of."""
     source = embedded.texts[name] if name in embedded.texts else embedded.embeds[name]
-    return source if len(numbers) == len(source) else source[numbers]
+    rows = source if len(numbers) == len(source) else source[numbers]
+    if embedded.windows is None:
+        return rows, torch.arange(len(rows))
+    return windows_of(embedded.windows, embedded.texts, name, rows, numbers)
 
 
 def _side(embedded: EmbeddedClips, name: str, number: int) -> dict[str, Any]:

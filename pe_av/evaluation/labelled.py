@@ -14,7 +14,7 @@ from pe_av.config import HEADS, ConfigError
 from pe_av.config.evaluation import MODALITIES, LabelledConfig
 from pe_av.data.cache import reader_for
 from pe_av.data.manifest import Clip, Manifest
-from pe_av.evaluation.embedder import embed_manifest
+from pe_av.evaluation.embedder import EmbeddedWindows, embed_manifest
 from pe_av.loading.batch import Collate
 from pe_av.media.processor import Processor
 from pe_av.model.pe_audio_video import PEAudioVideo
@@ -30,6 +30,7 @@ class LabelledClips:
     embeds: dict[str, Tensor]  # modality -> (N, D) float32 on the CPU
     valid: dict[str, Tensor]  # modality -> (N,) bool, whether the clip has it; if not, its row means nothing
     record: dict[str, int]  # how many clips were left out, and why
+    windows: EmbeddedWindows | None  # if clips are scored by their best windows
 
 
 def load_for_labels(config: LabelledConfig, device: torch.device, prompts: bool) -> tuple[PEAudioVideo, Processor]:
@@ -128,6 +129,7 @@ def embed_labelled(
         {name: embedded.valid[name][index] for name in MODALITIES if name in embedded.embeds},
         {f"{name}_items": len(reasons) for name, reasons in bad.reasons.items()}
         | {"without_label": len(embedded.ids) - len(rows)},
+        embedded.windows and _of_rows(embedded.windows, index),
     )
     for name, embeds in result.embeds.items():
         broken = (result.valid[name] & ~embeds.isfinite().all(1)).nonzero().flatten().tolist()
@@ -143,6 +145,14 @@ def embed_labelled(
                 f"modalities={name} needs"
             )
     return result
+
+
+def _of_rows(windows: EmbeddedWindows, rows: Tensor) -> EmbeddedWindows:
+    """The windows of some clips, whose rows ascend."""
+    place = torch.searchsorted(rows, windows.clip).clamp(max=len(rows) - 1)
+    used = rows[place] == windows.clip
+    embeds, valid = ({name: each[used] for name, each in part.items()} for part in (windows.embeds, windows.valid))
+    return EmbeddedWindows(embeds, valid, place[used])
 
 
 def labels_of(clip: Clip) -> list[str]:

@@ -12,14 +12,23 @@ The protocols differ in the score of a pair:
   There a caption of n clips is n queries and stands in the gallery n times, each with all n clips as true items.
 """
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pe_av.config import PAIRINGS
+from pe_av.evaluation.embedder import EmbeddedWindows
 from pe_av.evaluation.figures import average_precision_at_10, retrieval_metrics
-from pe_av.evaluation.ranking import DotProducts, Reweighted, checked_target, distinct_targets, others_at_or_above
+from pe_av.evaluation.ranking import (
+    BestWindows,
+    DotProducts,
+    Reweighted,
+    checked_target,
+    distinct_targets,
+    others_at_or_above,
+)
 
 EMBEDDINGS = tuple(dict.fromkeys(name for pairing in PAIRINGS.values() for name in pairing))
 
@@ -60,6 +69,7 @@ def evaluate_embeddings(
     protocol: str = "dot",
     intervals: bool = False,
     ranked: dict[str, Ranked] | None = None,
+    windows: EmbeddedWindows | None = None,
 ) -> dict[str, dict[str, float | int]]:
     """Retrieval in every direction of which both embeddings are given.
 
@@ -74,6 +84,7 @@ def evaluate_embeddings(
         protocol: dot | cosine | reweighted, as the head of this module says.
         intervals: also give 95 % intervals; queries with the same first true item are resampled together.
         ranked: filled with what each direction compared, except by the protocol "reweighted".
+        windows: those of the clips, by the best of which pairs are scored, except by the protocol "reweighted".
     Returns:
         direction, such as "text->audio" -> `retrieval_metrics`.
     Raises:
@@ -109,7 +120,15 @@ def evaluate_embeddings(
             if protocol == "reweighted":
                 row = _reweighted(queries, items, target, query_copies, copies, shared, intervals)
             else:
-                ranks, row = _plain(queries, items, target, protocol == "cosine", shared, intervals)
+                cosine = protocol == "cosine"
+                scores: DotProducts | BestWindows
+                if windows is None:
+                    scores = DotProducts(queries, items, cosine)
+                else:
+                    sides = ((query, queries, query_numbers), (gallery, items, item_numbers))
+                    parts = [part for side in sides for part in windows_of(windows, texts or {}, *side)]
+                    scores = BestWindows(*parts, cosine)
+                ranks, row = _plain(scores, target, shared, intervals)
                 if ranked is not None:
                     ranked[direction] = Ranked(query_numbers, item_numbers, target.cpu(), ranks.cpu())
         except ValueError as error:
@@ -118,17 +137,35 @@ def evaluate_embeddings(
     return metrics
 
 
+def windows_of(
+    windows: EmbeddedWindows, texts: Container[str], name: str, embeds: Tensor, numbers: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The windows of one side of a direction: (V, D), and (V,) which of its rows each is of.
+
+    Args:
+        texts: the names of which every row is a caption, and its own window.
+        name: of the side.
+        embeds: (R, D) its rows.
+        numbers: (R,) ascending, the clips that they are of.
+    """
+    if name in texts:
+        return embeds, torch.arange(len(embeds))
+    place = torch.searchsorted(numbers, windows.clip).clamp(max=len(numbers) - 1)
+    used = windows.valid[name] & (numbers[place] == windows.clip)
+    return windows.embeds[name][used], place[used]
+
+
 def _plain(
-    queries: Tensor, items: Tensor, target: Tensor, cosine: bool, shared: bool, intervals: bool
+    scores: DotProducts | BestWindows, target: Tensor, shared: bool, intervals: bool
 ) -> tuple[Tensor, dict[str, float | int]]:
     """(Q,) ranks, and the figures that follow from them."""
-    others = others_at_or_above(DotProducts(queries, items, cosine), target, best=10, shared=shared)
+    others = others_at_or_above(scores, target, best=10, shared=shared)
     counts = (distinct_targets(target) >= 0).sum(1)
     precisions = average_precision_at_10(others, counts)
     true_items = counts.sum().item() / len(counts)
     units = target.amax(1) if intervals else None
     ranks = 1 + others[:, 0]
-    return ranks, retrieval_metrics(ranks, len(items), true_items, precisions, units)
+    return ranks, retrieval_metrics(ranks, scores.items, true_items, precisions, units)
 
 
 def _reweighted(

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pe_av.ranks import rank, world_size
 
@@ -89,12 +90,22 @@ class DotProducts:
         gallery: (G, D), on the same device.
         unit: divide every row by its length, which gives the cosine; a row of zeros stays.
         copies: (G,) how often each item counts; None: once.
+        group: (Q,) ascending numbers from 0; scores of queries of one group can be compared. None: those of no two.
     """
 
     precisions: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
+    query_block, item_block = QUERIES, ITEMS
 
-    def __init__(self, queries: Tensor, gallery: Tensor, unit: bool = False, copies: Tensor | None = None):
+    def __init__(
+        self,
+        queries: Tensor,
+        gallery: Tensor,
+        unit: bool = False,
+        copies: Tensor | None = None,
+        group: Tensor | None = None,
+    ):
         self.queries, self.gallery = queries, gallery
+        self.device, self.items = gallery.device, len(gallery)
         self.first, self.item_class = _distinct(gallery)  # of each class of equal items the first; (G,) their classes
         copies = torch.ones_like(self.item_class) if copies is None else copies.to(gallery.device)
         self.item_copies = copies
@@ -103,6 +114,9 @@ class DotProducts:
         # powers of two change no order and no tie, and keep float32 from overflowing; embeddings of usual size stay as
         # they are, since scaling copies them
         query_scale, item_scale = _power_of_two(queries), _power_of_two(gallery)
+        if group is not None:  # the scale that the largest one of the group needs
+            scales = torch.full_like(query_scale, torch.inf).scatter_reduce_(0, group, query_scale, "amin")
+            query_scale = scales[group]
         largest = item_scale.amin() if len(gallery) else torch.ones(())  # the scale that the largest item needs
         self.query_scale = None if _usual(query_scale) else query_scale
         self.item_scale = None if _usual(largest) else largest.expand(len(gallery))
@@ -113,7 +127,7 @@ class DotProducts:
         self.query_length = _lengths(queries, self.query_scale, zero=0.0)
         self.item_length = _lengths(gallery, self.item_scale)[self.first]
 
-    def block(self, queries: slice, classes: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def block(self, queries: slice, classes: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The scores of some queries and some classes of items, and (queries, 1) by how much they can be wrong."""
         items = classes if len(self.first) == len(self.gallery) else self.first[classes]
         left = _scaled(self.queries, self.query_scale, queries).to(dtype)
@@ -172,7 +186,7 @@ class Reweighted(DotProducts):
         if shared and world_size() > 1:
             dist.all_reduce(self.log_sums)
 
-    def block(self, queries: slice, classes: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def block(self, queries: slice, classes: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         cosines, error = super().block(queries, classes, dtype)
         z = cosines.mul_(10)
         # |d score / d z| ≤ 11, and exp is wrong by a few units in the last place of a number below 1
@@ -186,14 +200,111 @@ class Reweighted(DotProducts):
         return z * torch.tensor(softmax, dtype=torch.float64).to(z.device)
 
 
+class BestWindows:
+    """Scores of queries and items that consist of windows: the highest dot product of any two of their windows.
+
+    Args:
+        queries: (V, D) the windows of all queries.
+        query: (V,) ascending, which of the queries 0, 1, … each is of; none is left out.
+        gallery, item: the same of the items.
+        unit: the highest cosine instead.
+        copies: (G,) how often each item counts; None: once.
+    """
+
+    precisions = DotProducts.precisions
+
+    def __init__(
+        self,
+        queries: Tensor,
+        query: Tensor,
+        gallery: Tensor,
+        item: Tensor,
+        unit: bool = False,
+        copies: Tensor | None = None,
+    ):
+        self.device = gallery.device
+        item, self.items = item.to(self.device), int(item.max()) + 1 if len(item) else 0
+        # of items whose windows are equal, one is compared
+        same = _first_of_equal(_distinct(gallery)[1], item)
+        self.first, self.item_class = same.unique(return_inverse=True)
+        kept = (same == torch.arange(self.items, device=self.device))[item]
+        self.query, self.item = query.to(self.device), self.item_class[item[kept]]
+        self.windows = DotProducts(queries, gallery[kept], unit, group=self.query)
+        self.query_first, self.item_first = (_firsts(group) for group in (self.query, self.item))
+        self.item_copies = torch.ones_like(same) if copies is None else copies.to(self.device)
+        self.copies = torch.zeros_like(self.first).index_add_(0, self.item_class, self.item_copies)
+        self.repeats = bool((self.copies != 1).any())
+        self.query_block, self.item_block = (
+            max(1, size * (len(first) - 1) // max(len(group), 1))
+            for size, first, group in ((QUERIES, self.query_first, query), (ITEMS, self.item_first, self.item))
+        )
+
+    def block(self, queries: slice, classes: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """As `DotProducts.block`."""
+        rows, columns = (
+            slice(int(first[part.start]), int(first[part.stop]))
+            for first, part in ((self.query_first, queries), (self.item_first, classes))
+        )
+        same = self.windows.item_class[columns]  # equal windows are one class
+        scores, error = self.windows.block(rows, columns if len(self.windows.first) == len(self.item) else same, dtype)
+        query, item = self.query[rows] - queries.start, self.item[columns] - classes.start
+        scores = highest(scores, item, classes.stop - classes.start, 1)
+        return tuple(highest(values, query, queries.stop - queries.start, 0) for values in (scores, error))
+
+    def of_pairs(self, queries: Tensor, classes: Tensor) -> Tensor:
+        """As `DotProducts.of_pairs`."""
+        first, item_first = self.query_first[queries], self.item_first[classes]
+        widths = self.item_first[classes + 1] - item_first
+        counts = (self.query_first[queries + 1] - first) * widths
+        scores = torch.empty(len(queries), dtype=torch.float64, device=self.device)
+        # pairs of windows are listed for some pairs at a time, since a clip may have thousands of windows
+        ends = counts.cumsum(0)
+        start = 0
+        while start < len(queries):
+            done = int(ends[start - 1]) if start else 0
+            stop = max(start + 1, int(torch.searchsorted(ends, done + PRODUCTS, right=True)))
+            pair = torch.arange(start, stop, device=self.device).repeat_interleave(counts[start:stop])
+            number = torch.arange(len(pair), device=self.device) - (ends - counts)[pair] + done
+            left = first[pair] + number // widths[pair]
+            right = self.windows.item_class[item_first[pair] + number % widths[pair]]
+            values = self.windows.of_pairs(left, right)[:, None]
+            scores[start:stop] = highest(values, pair - start, stop - start, 0)[:, 0]
+            start = stop
+        return scores
+
+
+def _first_of_equal(classes: Tensor, item: Tensor) -> Tensor:
+    """(G,) the first item that has windows of the same classes, in any order; classes and item are (V,)."""
+    rows = [each.sort().values for each in classes.split(item.bincount().tolist())]
+    _, number = pad_sequence(rows, batch_first=True, padding_value=-1).unique(dim=0, return_inverse=True)
+    items = torch.arange(len(number), device=item.device)
+    first = torch.full_like(items, len(items)).scatter_reduce_(0, number, items, "amin")
+    return first[number]
+
+
+def _firsts(group: Tensor) -> Tensor:
+    """Of ascending group numbers 0 … G − 1: (G + 1,) where each group begins, and the number of all."""
+    counts = group.bincount()
+    return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+
+
+def highest(values: Tensor, group: Tensor, groups: int, dim: int) -> Tensor:
+    """The highest of each group of rows (dim 0) or columns (dim 1)."""
+    if values.shape[dim] == groups:
+        return values
+    shape = [groups if d == dim else size for d, size in enumerate(values.shape)]
+    index = group.unsqueeze(1 - dim).expand_as(values)
+    return values.new_full(shape, -torch.inf).scatter_reduce_(dim, index, values, "amax")
+
+
 @torch.no_grad()
 def others_at_or_above(
-    scores: DotProducts,
+    scores: DotProducts | BestWindows,
     target: Tensor,
     best: int = 1,
     shared: bool = False,
-    query_block: int = QUERIES,
-    item_block: int = ITEMS,
+    query_block: int | None = None,
+    item_block: int | None = None,
 ) -> Tensor:
     """For the best true items of each query, how many items that are not true score as high or higher.
 
@@ -201,13 +312,14 @@ def others_at_or_above(
         target: (Q, M) int64, the true items of each query, padded with -1; at least one, and repeated ones count once.
         best: the number of true items to look at, those with the highest scores.
         shared: all ranks call this with the same arguments and share the queries.
+        query_block, item_block: sizes of the blocks; None: those that suit the scores.
     Returns:
         (Q, min(best, M)) int64 in ascending order; the size of the gallery where a query has fewer true items.
     """
-    device, queries = scores.queries.device, len(target)
+    device, queries = scores.device, len(target)
     width = min(best, target.shape[1])
     others = torch.zeros(queries, width, dtype=torch.int64, device=device)
-    blocks = list(_pieces(queries, query_block))
+    blocks = list(_pieces(queries, query_block or scores.query_block))
     with _full_precision(device):
         for rows in blocks[rank() :: world_size()] if shared else blocks:
             true = distinct_targets(target[rows].to(device))
@@ -217,12 +329,12 @@ def others_at_or_above(
             exact[given] = scores.of_pairs(given.nonzero()[:, 0] + rows.start, classes[given])
             thresholds = exact.topk(width, 1).values
             counts = torch.zeros_like(others[rows])
-            for columns in _pieces(len(scores.first), item_block):
+            for columns in _pieces(len(scores.first), item_block or scores.item_block):
                 counts += _at_least(scores, rows, columns, thresholds, scores.precisions)
             copies = scores.item_copies[true.clamp(min=0)] * given
             for j in range(width):
                 counts[:, j] -= (copies * (exact >= thresholds[:, j : j + 1])).sum(1)
-            others[rows] = counts.where(thresholds > -torch.inf, len(scores.gallery))
+            others[rows] = counts.where(thresholds > -torch.inf, scores.items)
     if shared and world_size() > 1:
         dist.all_reduce(others)  # each query's row is zero except on the process that has computed it
     return others
@@ -237,7 +349,11 @@ def distinct_targets(target: Tensor) -> Tensor:
 
 
 def _at_least(
-    scores: DotProducts, rows: slice, columns: slice, thresholds: Tensor, precisions: tuple[torch.dtype, ...]
+    scores: DotProducts | BestWindows,
+    rows: slice,
+    columns: slice,
+    thresholds: Tensor,
+    precisions: tuple[torch.dtype, ...],
 ) -> Tensor:
     """(rows, T) how many items of a block have at least the scores `thresholds` (rows, T)."""
     dtype, *finer = precisions

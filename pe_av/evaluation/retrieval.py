@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from pe_av.checkpoint import WEIGHTS_FILE, load_model
-from pe_av.config import ConfigError, EvalConfig
+from pe_av.config import ConfigError, EvalConfig, WindowsConfig
 from pe_av.config.evaluation import LabelledConfig
 from pe_av.data.cache import reader_for
 from pe_av.data.clips import open_manifest
@@ -51,7 +51,9 @@ def evaluate(config: EvalConfig, folder: Path, device: torch.device) -> Evaluati
     check_embedded(embedded, config)
     arguments = embedded.embeds, embedded.valid, embedded.texts, embedded.captions, True
     ranked: dict[str, Ranked] = {}
-    metrics = evaluate_embeddings(*arguments, protocol=config.protocol, intervals=True, ranked=ranked)
+    metrics = evaluate_embeddings(
+        *arguments, protocol=config.protocol, intervals=True, ranked=ranked, windows=embedded.windows
+    )
     reweighted = evaluate_embeddings(*arguments, protocol="reweighted", intervals=True) if config.reweighted else {}
     setting = {}
     if rank() == 0:
@@ -83,6 +85,7 @@ def evaluation_setting(
         "manifest_sha256": clips.sha256(),
         "clips": len(clips),
         "max_seconds": config.data.max_seconds,
+        "windows": windows_text(config.windows),
         "sampling_rate": model.config.audio.codec.sampling_rate,
         "num_frames": video.num_frames,
         "frames_per_second": video.frames_per_second,
@@ -93,6 +96,13 @@ def evaluation_setting(
         "pe_av": version("pe-av"),
         "torch": torch.__version__,
     }
+
+
+def windows_text(windows: WindowsConfig) -> str | None:
+    """How clips were embedded in windows; None: they were not."""
+    if windows.seconds is None:
+        return None
+    return f"{windows.seconds:g} s every {windows.hop or windows.seconds:g} s, {windows.combine}"
 
 
 def _sha256(path: Path) -> str:
