@@ -64,7 +64,7 @@ def series(part: str, ours: bool, preset: str, folder: str, sizes: Iterable[int]
     Args:
         folder: the checkpoint, of our format for ours and of transformers' for theirs.
         sizes: ascending. The first one is run once before, to load what is loaded once.
-        budget: seconds for all sizes.
+        budget: seconds for all sizes; infinite: all of them are measured, whatever they take.
     """
     model, config = load_model(folder) if ours else load_theirs(folder), load_preset(preset)
     touch(model)
@@ -74,11 +74,11 @@ def series(part: str, ours: bool, preset: str, folder: str, sizes: Iterable[int]
 
 
 def grow(prepare: Callable[[int], Run], sizes: Iterable[int], budget: float) -> list[Point]:
-    """Measure one size after the other, while the next one can be expected to fit the budget and the memory."""
+    """Measure one size after the other; with a budget, while the next one can be expected to fit it and the memory."""
     points: list[Point] = []
     started = time.perf_counter()
     for size in sizes:
-        if points and not _fits(points, size, budget - (time.perf_counter() - started)):
+        if points and budget < math.inf and not _fits(points, size, budget - (time.perf_counter() - started)):
             break
         run = prepare(size)
         with PeakMemory(CPU) as memory:

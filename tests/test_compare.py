@@ -173,6 +173,22 @@ def test_runs_are_read_from_their_folders(
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_runs_of_several_seeds_are_averaged(tmp_path: Path, capsys: pytest.CaptureFixture):
+    recalls = {"six-seed0": 20.0, "six-seed1": 26.0, "six-seed2": 32.0, "one-seed0": 5.0}
+    for number, (name, recall) in enumerate(recalls.items()):
+        folder = make_run(tmp_path / name, 0.002 if name.startswith("one") else 0.001, [recall])
+        config = yaml.safe_load((folder / "config.yaml").read_text()) | {"seed": number}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "multirun.yaml").write_text("{}")  # which Hydra leaves beside the runs
+    runs = [compare.read_run(tmp_path / name, name) for name in recalls]
+    assert {name: len(members) for name, members in compare.by_setting(runs).items()} == {"six": 3, "one": 1}
+    compare.main([str(path) for path in sorted(tmp_path.iterdir())] + [str(tmp_path / "picture.png")])
+    captured = capsys.readouterr()
+    means = captured.out[captured.out.rindex("seeds") :].split()
+    assert " ".join(means[means.index("text->audio") :][:5]) == "text->audio 5.0 26.0 ± 6.0"
+    assert "multirun.yaml: is no folder" in captured.err
+
+
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [

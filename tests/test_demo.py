@@ -132,6 +132,17 @@ def test_captions_state_each_attribute_and_nothing_that_contradicts_it(every):
     assert len({word for clip in every for word in clip.caption.replace(",", "").split()}) <= 60
 
 
+def test_captions_of_one_kind_leave_out_what_it_cannot_tell(every):
+    attributes = demo_scenes.ATTRIBUTES
+    forms = {name: set(values) for name, values in attributes.items()}
+    forms["motion"] |= set(demo_scenes.MOTIONS.values())
+    for kind, missing in (("audio_caption", "colour"), ("visual_caption", "place"), ("audio_visual_caption", None)):
+        for clip in every:
+            words = set(getattr(clip, kind).replace(",", "").split())
+            assert [name for name in attributes if not forms[name] & words] == [missing] * (missing is not None), clip
+    assert all(clip.audio_visual_caption == clip.caption for clip in every)
+
+
 def test_same_seed_same_bytes(tmp_path):
     folders = []
     for name, seed in (("once", 3), ("again", 3), ("other", 4)):

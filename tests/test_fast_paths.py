@@ -145,7 +145,7 @@ def test_frames_in_pieces_and_without_padding(model: PEAudioVideo, monkeypatch: 
     pixels, mask = batch["pixel_values_videos"], batch["padding_mask_videos"]
     frames = pixels.flatten(0, 1)
     expected = torch.nn.functional.normalize(model.video.vision(frames), dim=-1).unflatten(0, mask.shape)
-    monkeypatch.setattr(model.video, "frames_at_a_time", at_a_time)
+    monkeypatch.setattr(model.video, "patches_at_a_time", at_a_time * model.video.vision.grid**2)
     counted = []
     monkeypatch.setattr(model.video.vision, "forward", _counting(model.video.vision.forward, counted))
     with torch.no_grad():

@@ -41,7 +41,7 @@ def _rank(index: int, ranks: int, port: int, work: Callable[..., None], argument
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(index), "WORLD_SIZE": str(ranks)}
     # so that ranks would have different numbers of pieces, if they cut their frames
-    video.VideoEncoder.frames_at_a_time = 2
+    video.VideoEncoder.patches_at_a_time = 1
     with process_group(torch.device("cpu"), timeout_minutes=1):
         work(*arguments)
 

@@ -14,6 +14,9 @@ from pe_av.data.demo_scenes import (
     ATTRIBUTES,
     COLOURS,
     COMBINATIONS,
+    HEARD,
+    SEEN,
+    TEMPLATES,
     Scene,
     caption,
     make_scene,
@@ -22,7 +25,7 @@ from pe_av.data.demo_scenes import (
 )
 from pe_av.data.rendering import finished_folder, render_all, write_manifest, write_mp4
 
-WORLD_VERSION = 2  # part of the folder's name; raise it with every change of what is rendered
+WORLD_VERSION = 3  # part of the folder's name; raise it with every change of what is rendered
 
 
 def prepare_demo(config: DemoConfig) -> tuple[Path, Path]:
@@ -92,5 +95,7 @@ def _render_clip(job: tuple[Path, Scene]) -> None:
 
 
 def _entry(split: str, number: int, scene: Scene) -> dict[str, str]:
-    names = {"id": f"{split}-{number:04d}", "path": f"{split}/{number:04d}.mp4", "caption": caption(scene)}
-    return names | {name: getattr(scene, name) for name in ATTRIBUTES}
+    names = {"id": f"{split}-{number:04d}", "path": f"{split}/{number:04d}.mp4"}
+    kinds = {"audio_caption": HEARD, "visual_caption": SEEN, "audio_visual_caption": TEMPLATES}
+    captions = {"caption": caption(scene)} | {kind: caption(scene, templates) for kind, templates in kinds.items()}
+    return names | captions | {name: getattr(scene, name) for name in ATTRIBUTES}

@@ -10,6 +10,7 @@ A scene is one object that does one thing somewhere. Six attributes describe it;
     colour   fill                    -
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import cos, pi, sin
@@ -60,6 +61,9 @@ TEMPLATES = (
     "a {size} {colour} {shape} is {tempo} {moving} {place}",
     "the {shape} is {size} and {colour}, and {motion} {tempo} {place}",
 )
+# the same without what is not heard, and without the place, which a caption of a picture leaves out
+HEARD = tuple(template.replace(" {colour}", "").replace(" and,", ",") for template in TEMPLATES)
+SEEN = tuple(template.removeprefix("{place}, ").removesuffix(" {place}") for template in TEMPLATES)
 
 TONE_LEVEL = 0.37  # of the object; its peaks stay below 0.8
 RAIN_LEVEL, HUM_LEVEL = 0.03, 0.03  # root mean square
@@ -113,11 +117,11 @@ def make_scene(seed: int, index: int, rendering: int = 0) -> Scene:
     )
 
 
-def caption(scene: Scene) -> str:
-    """One sentence that states all six attributes."""
+def caption(scene: Scene, templates: Sequence[str] = TEMPLATES) -> str:
+    """One sentence that states all six attributes; with `HEARD` all but the colour, with `SEEN` all but the place."""
     words = {name: getattr(scene, name) for name in ATTRIBUTES}
     words |= {"moving": MOTIONS[scene.motion], "place": PLACES[scene.place]}
-    return TEMPLATES[scene.template].format(**words)
+    return templates[scene.template].format(**words)
 
 
 def render_frames(scene: Scene) -> NDArray[np.uint8]:

@@ -1,13 +1,15 @@
 """Trainings beside each other: `python -m pe_av.evaluation.compare RUN RUN … [PICTURE.png]`.
 
 Draws the loss and the recalls of all runs over the steps into one picture, comparison.png unless another is named, and
-prints which settings differ between the runs, and their last recalls.
+prints which settings differ between the runs, and their last recalls. Runs that differ in nothing but their seed are of
+one colour, and a further table has their means.
 
 A run is the folder that train.py writes; other folders are left out. Its loss is read from history.jsonl, its recalls
 over the steps from tensorboard/, and its last recalls from metrics.json.
 """
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +28,9 @@ from rich.text import Text
 from pe_av.config import ConfigError
 from pe_av.evaluation.metrics import DIRECTIONS
 from pe_av.evaluation.paired import short_names
+
+
+SAME_SETTING = ("seed", "resume", "data.demo.root", "data.stamps.root")  # may differ between runs of one setting
 
 
 @dataclass
@@ -51,6 +56,8 @@ def read_run(folder: Path, name: str) -> Run:
         ConfigError: there is no such folder, or a file in it cannot be read.
     """
     if not folder.is_dir():
+        if folder.exists():
+            raise NoRunError(f"{folder}: is no folder, so it is not that of a run")
         raise ConfigError(f"{folder}: no such folder; give folders that train.py has written, such as runs/<date>")
     for file in ("config.yaml", "history.jsonl"):
         if not (folder / file).is_file():
@@ -128,7 +135,8 @@ def _text(value: Any) -> str:
 def check_comparable(runs: Sequence[Run]) -> None:
     """Raise ConfigError unless all runs are evaluated on the same data."""
     # where a rendered world lies is of no consequence, and neither is how it is read
-    keys = ("data.eval", "data.eval_split", "data.demo", "data.demo.seed", "data.demo.eval_clips", "data.stamps")
+    demo = ("data.demo", "data.demo.seed", "data.demo.eval_clips", "data.demo.validation")
+    keys = ("data.eval", "data.eval_split", *demo, "data.stamps")
     first = runs[0]
     for run in runs[1:]:
         for key in keys:
@@ -141,26 +149,43 @@ def check_comparable(runs: Sequence[Run]) -> None:
                 )
 
 
+def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs that differ in nothing but their seed and their folders, under the name of the first without its seed."""
+    groups: dict[str, list[Run]] = {}
+    names: dict[tuple[tuple[str, str], ...], str] = {}
+    for run in runs:
+        settings = {key: _text(value) for key, value in run.settings.items() if key not in SAME_SETTING}
+        shortened = re.sub(r"[,-]?\bseed=?\d+", "", run.name) or run.name
+        name = names.setdefault(tuple(sorted(settings.items())), shortened)
+        groups.setdefault(name, []).append(run)
+    return groups
+
+
 def plot_runs(runs: Sequence[Run], path: str | Path) -> None:
-    """Write a PNG with a panel for the loss and one for R@1 of each direction that a run has, a line for each run."""
+    """Write a PNG with a panel for the loss and one for R@1 of each direction that a run has, a line for each run.
+
+    Runs that differ in their seed alone have one colour.
+    """
     directions = [direction for direction in DIRECTIONS if any(direction in run.recalls for run in runs)]
     columns = min(4, 1 + len(directions))
     rows = -(-(1 + len(directions)) // columns)
     figure = Figure(figsize=(3.4 * columns, 2.6 * rows + 0.3), dpi=130, layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True).flat)
-    colours = colormaps["tab10" if len(runs) <= 10 else "turbo"]
+    groups = by_setting(runs)
+    colours = colormaps["tab10" if len(groups) <= 10 else "turbo"]
+    numbered = [(number, name, run) for number, (name, members) in enumerate(groups.items()) for run in members]
     for panel, direction in zip(panels, [None, *directions], strict=False):
         panel.set_title("training loss" if direction is None else f"R@1 of {direction} (%)", fontsize="medium")
-        for number, run in enumerate(runs):
+        for number, name, run in numbered:
             points = run.losses if direction is None else run.recalls.get(direction, [])
             if points:
-                colour = colours(number if len(runs) <= 10 else number / (len(runs) - 1))
+                colour = colours(number if len(groups) <= 10 else number / (len(groups) - 1))
                 steps, values = np.array(points, dtype=float).T
                 if direction is None:
                     width = max(1, len(values) // 40)  # a running mean: single steps are noisy
                     values = np.convolve(values, np.full(width, 1 / width), mode="valid")
                     steps = steps[width // 2 :][: len(values)]
-                panel.plot(steps, values, marker="." if len(values) < 20 else None, color=colour, label=run.name)
+                panel.plot(steps, values, marker="." if len(values) < 20 else None, color=colour, label=name)
         if direction is not None:
             panel.set_ylim(0, 102)
         panel.grid(color="0.9")
@@ -171,14 +196,14 @@ def plot_runs(runs: Sequence[Run], path: str | Path) -> None:
     for panel in panels[1 + len(directions) :]:
         panel.set_axis_off()
     lines = {line.get_label(): line for panel in figure.axes for line in panel.get_lines()}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(len(runs), 4), frameon=False)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(len(groups), 4), frameon=False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
 
 
 def settings_table(runs: Sequence[Run]) -> Table:
     """A row for every setting that differs, a column for every run."""
-    table = _table("settings that differ", "setting", runs)
+    table = _table("settings that differ", "setting", [run.name for run in runs])
     for key, values in different_settings(runs).items():
         table.add_row(key, *values)
     return table
@@ -186,7 +211,7 @@ def settings_table(runs: Sequence[Run]) -> Table:
 
 def recalls_table(runs: Sequence[Run]) -> Table:
     """The last R@1 of every direction, a column for every run."""
-    table = _table("last R@1 in percent", "direction", runs)
+    table = _table("last R@1 in percent", "direction", [run.name for run in runs])
     table.add_row("after step", *("–" if run.step is None else str(run.step) for run in runs))
     for direction in DIRECTIONS:
         if any(direction in run.last for run in runs):
@@ -195,11 +220,29 @@ def recalls_table(runs: Sequence[Run]) -> Table:
     return table
 
 
-def _table(title: str, first: str, runs: Sequence[Run]) -> Table:
+def seeds_table(runs: Sequence[Run]) -> Table | None:
+    """The last R@1 of every direction, mean ± standard deviation over the seeds of a setting; None if none has two."""
+    groups = by_setting(runs)
+    if len(groups) == len(runs):
+        return None
+    table = _table("last R@1 in percent, mean ± standard deviation over seeds", "direction", list(groups))
+    table.add_row("seeds", *(str(len(members)) for members in groups.values()))
+    for direction in DIRECTIONS:
+        cells = []
+        for members in groups.values():
+            values = [run.last[direction]["R@1"] for run in members if direction in run.last]
+            spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.1f}{spread}" if values else "–")
+        if set(cells) != {"–"}:
+            table.add_row(direction, *cells)
+    return table
+
+
+def _table(title: str, first: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column(first, no_wrap=True)
-    for run in runs:
-        table.add_column(Text(run.name), justify="right", overflow="fold")
+    for name in columns:
+        table.add_column(Text(name), justify="right", overflow="fold")
     return table
 
 
@@ -227,6 +270,8 @@ def main(arguments: Sequence[str]) -> None:
     console = Console()
     console.print(settings_table(runs))
     console.print(recalls_table(runs))
+    if (means := seeds_table(runs)) is not None:
+        console.print(means)
     log.print(f"written to {picture}")
 
 

@@ -1,5 +1,7 @@
 """The video tower: frames -> vision transformer, one vector per frame -> temporal transformer."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,10 +19,10 @@ def scale_frames(frames: Tensor) -> Tensor:
 class VideoEncoder(nn.Module):
     """`encode`: frames -> frame features; `forward`: frame features (B, F, vision_dim) -> pooled and sequence."""
 
-    # Where no gradient is needed; a thousand frames then take no more memory than these. A GPU, to which kernels for so
-    # few are no more work than launching them, takes eight times as many. None: all at once, for layers that are
-    # sharded, which gather their weights in every call, of which all ranks must make as many.
-    frames_at_a_time: int | None = 32
+    # Where no gradient is needed: a thousand frames take no more memory than eight of 24 × 24 patches. A GPU, to which
+    # kernels for so few are no more work than launching them, takes 32 times as many. None: all at once, for sharded
+    # layers, which gather their weights in every call, of which all ranks must make as many.
+    patches_at_a_time: int | None = 8 * 24**2
 
     def __init__(self, vision: VisionTransformer, transformer: TemporalTransformer, vision_dim: int, hidden_size: int):
         super().__init__()
@@ -49,8 +51,10 @@ class VideoEncoder(nn.Module):
     def _encode(self, pixels: Tensor) -> Tensor:
         """(N, 3, S, S) -> (N, vision_dim)."""
         dtype = self.vision.patch_embed.weight.dtype
-        whole = torch.is_grad_enabled() or not has_values(pixels) or self.frames_at_a_time is None
-        pieces = [pixels] if whole else pixels.split(self.frames_at_a_time * (8 if pixels.is_cuda else 1))
+        pieces: Sequence[Tensor] = [pixels]
+        if self.patches_at_a_time is not None and not torch.is_grad_enabled() and has_values(pixels):
+            patches = self.patches_at_a_time * (32 if pixels.is_cuda else 1)
+            pieces = pixels.split(max(1, patches // self.vision.grid**2))
         found = [self.vision((scale_frames(p) if p.dtype == torch.uint8 else p).to(dtype)) for p in pieces]
         return F.normalize(torch.cat(found), dim=-1)
 

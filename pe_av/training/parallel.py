@@ -66,7 +66,7 @@ def _with_fsdp(model: nn.Module, embedder: nn.Module, config: ParallelConfig, de
     )
     video = getattr(model, "video", None)  # PEAudioFrame has none
     if video is not None:
-        video.frames_at_a_time = None
+        video.patches_at_a_time = None
     for block in model.blocks():
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # resharded after the forward, which is not FSDP's default for the outermost module: averaged weights and states are
