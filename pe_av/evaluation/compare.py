@@ -29,7 +29,6 @@ from pe_av.config import ConfigError
 from pe_av.evaluation.metrics import DIRECTIONS
 from pe_av.evaluation.paired import short_names
 
-
 SAME_SETTING = ("seed", "resume", "data.demo.root", "data.stamps.root")  # may differ between runs of one setting
 
 
@@ -151,7 +150,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
 
 def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """The runs that differ in nothing but their seed and their folders, under the name of the first without its seed."""
-    groups: dict[str, list[Run]] = {}
+    """The runs that differ in nothing but seed and folders, under the name of the first without its seed."""
     names: dict[tuple[tuple[str, str], ...], str] = {}
     for run in runs:
         settings = {key: _text(value) for key, value in run.settings.items() if key not in SAME_SETTING}
