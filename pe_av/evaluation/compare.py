@@ -149,8 +149,8 @@ def check_comparable(runs: Sequence[Run]) -> None:
 
 
 def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs that differ in nothing but their seed and their folders, under the name of the first without its seed."""
     """The runs that differ in nothing but seed and folders, under the name of the first without its seed."""
+    groups: dict[str, list[Run]] = {}
     names: dict[tuple[tuple[str, str], ...], str] = {}
     for run in runs:
         settings = {key: _text(value) for key, value in run.settings.items() if key not in SAME_SETTING}
