@@ -34,7 +34,7 @@ def main() -> None:
                 first = 1 if size > 1 else size
                 points = apart(series, part, side == "ours", options.preset, folder, [first, size], float("inf"))
                 if points[-1]["size"] == size:
-                    row |= {f"{side}_mib": points[-1]["mib"], f"{side}_seconds": points[-1]["seconds"]}
+                    row[f"{side}_mib"] = points[-1]["mib"]
             rows.append(row)
             print(row, flush=True)
     table = Table("case", "ours MiB", "theirs MiB", "ratio", title=f"memory on {chip(CPU)}: {options.preset}")
