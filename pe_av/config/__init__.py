@@ -1,11 +1,12 @@
 """Every setting, as dataclasses that the YAML under `configs/` is checked against.
 
-The settings are in model.py, data.py and run.py; checks.py has the checks that they share, and compose.py reads
-settings from YAML and the command line. Nothing here imports torch.
+The settings are in model.py, data.py, run.py and evaluation.py; checks.py has the checks that they share, and
+compose.py reads settings from YAML and the command line. Nothing here imports torch.
 """
 
 from pe_av.config.checks import ConfigError, nearest, one_of, require
 from pe_av.config.data import DataConfig, DemoConfig, MixConfig, SpanDemoConfig, StampsConfig, WindowsConfig
+from pe_av.config.evaluation import EmbedConfig, EvalConfig, RayEmbedConfig
 from pe_av.config.model import (
     ACTIVATIONS,
     ARCHITECTURES,
@@ -26,7 +27,6 @@ from pe_av.config.model import (
 )
 from pe_av.config.run import (
     ConvertConfig,
-    EvalConfig,
     InitConfig,
     LoraConfig,
     LossConfig,
@@ -40,9 +40,9 @@ from pe_av.config.run import (
 
 __all__ = [
     "ACTIVATIONS", "ARCHITECTURES", "ATTENTIONS", "CAPTIONS", "HEADS", "PAIRINGS", "TOWERS", "AudioConfig",
-    "CodecConfig", "ConfigError", "ConvertConfig", "DataConfig", "DemoConfig", "EvalConfig", "InitConfig",
-    "LoraConfig", "LossConfig", "MixConfig", "ModelConfig", "OptimConfig", "PEAudioFrameConfig", "Pairing",
-    "ParallelConfig", "RopeConfig", "RunConfig", "SpanDemoConfig", "SpanTrainConfig", "StampsConfig", "TextConfig",
-    "TrainConfig", "TransformerConfig", "VideoConfig", "VisionConfig", "WindowsConfig", "nearest", "one_of",
-    "require",
+    "CodecConfig", "ConfigError", "ConvertConfig", "DataConfig", "DemoConfig", "EmbedConfig", "EvalConfig",
+    "InitConfig", "LoraConfig", "LossConfig", "MixConfig", "ModelConfig", "OptimConfig", "PEAudioFrameConfig",
+    "Pairing", "ParallelConfig", "RayEmbedConfig", "RopeConfig", "RunConfig", "SpanDemoConfig", "SpanTrainConfig",
+    "StampsConfig", "TextConfig", "TrainConfig", "TransformerConfig", "VideoConfig", "VisionConfig", "WindowsConfig",
+    "nearest", "one_of", "require",
 ]  # fmt: skip

@@ -1,10 +1,9 @@
-"""The settings of a training run, of an evaluation and of a conversion."""
+"""The settings of a training run and of a conversion."""
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 from pe_av.config.checks import nearest, one_of, require
-from pe_av.config.data import DataConfig, SpanDemoConfig, WindowsConfig
+from pe_av.config.data import DataConfig, SpanDemoConfig
 from pe_av.config.model import CAPTIONS, HEADS, PAIRINGS, ModelConfig, PEAudioFrameConfig
 
 
@@ -243,40 +242,6 @@ class SpanTrainConfig(RunConfig):
         super().__post_init__()
         require((self.train is None) == (self.eval is None), "train and eval: give both manifests, or none")
         require(self.batch_size >= 1, f"batch_size={self.batch_size} is not positive")
-
-
-@dataclass
-class EvalConfig:
-    """`python eval.py`: zero-shot retrieval with a native checkpoint."""
-
-    checkpoint: Any = "???"  # The folder of a native checkpoint; or a list of such, which are compared with the first.
-    data: DataConfig = field(default_factory=DataConfig)
-    windows: WindowsConfig = field(default_factory=WindowsConfig)
-    batch_size: int = 64  # Of one rank.
-    device: str = "auto"  # A device of PyTorch, such as cuda or cpu; auto: cuda if there is a GPU.
-    precision: str = "fp32"  # fp32 | bf16 (autocast) | auto (bf16 on a GPU that computes in it, else fp32)
-    protocol: str = "dot"  # What items are ranked by: dot (the dot product) | cosine.
-    # Also the original repository's protocol, by which published figures were made: cosines × 10, times their softmax
-    # over the queries (evaluation/ranking.py). It takes several times as long as the dot products.
-    reweighted: bool = True
-    report: bool = True  # Also write report.html and report.md (evaluation/html_report.py).
-    max_bad_fraction: float = 0.05  # Stop when a larger fraction of the items read so far is damaged.
-    timeout_minutes: float = 10.0  # When ranks have waited for one of them for this long, the evaluation ends.
-
-    def __post_init__(self) -> None:
-        require(self.batch_size >= 1, f"batch_size={self.batch_size} is not positive")
-        one_of("precision", self.precision, ("auto", "fp32", "bf16"))
-        one_of("protocol", self.protocol, ("dot", "cosine"))
-        self.windows.check(self.data)
-        paths = self.checkpoint if isinstance(self.checkpoint, list) else [self.checkpoint]
-        require(
-            len(paths) > 0 and all(isinstance(path, str | int) for path in paths),
-            f"checkpoint={self.checkpoint} is neither a folder nor a list of folders",
-        )
-        paths = [str(path) for path in paths]
-        twice = next((path for path in paths if paths.count(path) > 1), None)
-        require(twice is None, f"checkpoint: {twice} is in the list twice")
-        self.checkpoint = paths if isinstance(self.checkpoint, list) else paths[0]
 
 
 @dataclass

@@ -19,7 +19,7 @@ import json
 import os
 import sys
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -86,30 +86,42 @@ def index(folder: str | Path) -> tuple[Manifest, list[str]]:
         ConfigError: no shard has a usable sample.
     """
     folder = Path(folder)
+    clips, problems = clips_of_shards(sorted(filter(is_shard, folder.glob("*"))), folder)
+    if not clips:
+        raise ConfigError("; ".join([f"{folder}: no shards with usable samples", *problems[:1]]))
+    manifest = Manifest.of(clips, folder)
+    manifest.write(folder / "manifest.parquet")
+    return manifest, problems
+
+
+def is_shard(path: Path) -> bool:
+    """Whether a file is a tar by its name, compressed or not."""
+    return ".tar" in path.suffixes or path.suffix == ".tgz"
+
+
+def clips_of_shards(shards: Iterable[Path], folder: Path) -> tuple[list[Clip], list[str]]:
+    """The clips in tars, whose places in them are relative to `folder`, and a line for everything that is not used."""
     clips: list[Clip] = []
     ids: set[str] = set()
     problems: list[str] = []
-    for shard in sorted(path for path in folder.glob("*") if ".tar" in path.suffixes or path.suffix == ".tgz"):
+    for shard in shards:
         if shard.suffix != ".tar":
             problems.append(f"{shard}: not read: it is compressed; decompress it, or stream it with data.shards=")
             continue
-        samples, shard_problems = _list_samples(shard)
+        samples, shard_problems = _list_samples(shard, os.path.relpath(shard, folder))
         problems += [f"{shard}: {problem}" for problem in shard_problems]
         for key, files in samples.items():
             clip, sample_problems = sample_clip(shard.stem, key, files)
             if clip is not None:
                 if clip.id in ids:
                     unique = f"{shard.stem}/{key}"
+                    unique = unique if unique not in ids else f"{os.path.relpath(shard, folder)}/{key}"
                     sample_problems.append(f"the id {clip.id} is taken by an earlier clip; this one is named {unique}")
                     clip = replace(clip, id=unique)
                 clips.append(clip)
                 ids.add(clip.id)
             problems += [f"{shard}: {key}: {problem}" for problem in sample_problems]
-    if not clips:
-        raise ConfigError("; ".join([f"{folder}: no shards with usable samples", *problems[:1]]))
-    manifest = Manifest.of(clips, folder)
-    manifest.write(folder / "manifest.parquet")
-    return manifest, problems
+    return clips, problems
 
 
 def sample_clip(shard: str, key: str, files: Files) -> tuple[Clip | None, list[str]]:
@@ -169,8 +181,9 @@ def _json_object(content: bytes) -> dict[str, Any]:
     return value
 
 
-def _list_samples(shard: Path) -> tuple[dict[str, Files], list[str]]:
-    """Key -> the files of its sample, for all samples of a shard; and what is wrong with the shard."""
+def _list_samples(shard: Path, name_of_shard: str) -> tuple[dict[str, Files], list[str]]:
+    """Key -> the files of its sample, for all samples of a shard, whose places begin with the name that the shard is
+    given; and what is wrong with the shard."""
     samples: dict[str, Files] = {}
     problems = []
     try:
@@ -191,7 +204,7 @@ def _list_samples(shard: Path) -> tuple[dict[str, Files], list[str]]:
                         problems.append(f"{member.name}: not used: an earlier file has the same name")
                         continue
                     content = tar.extractfile(member).read() if extension in ("txt", "json") else None
-                    files[extension] = f"{shard.name}#{member.offset_data}+{member.size}", content
+                    files[extension] = f"{name_of_shard}#{member.offset_data}+{member.size}", content
         # tarfile takes a damaged header for the end of the archive; a real end is a block of zeros
         with shard.open("rb") as file:
             file.seek(tar.offset)

@@ -45,7 +45,7 @@ from pe_av.evaluation.localization import average_precision
 from pe_av.evaluation.metrics import windows_of
 from pe_av.evaluation.ranking import BestWindows, checked_target, highest, others_at_or_above
 from pe_av.evaluation.report import write_metrics
-from pe_av.evaluation.retrieval import evaluation_setting
+from pe_av.evaluation.setting import evaluation_setting
 from pe_av.media.processor import Processor
 from pe_av.model.pe_audio_video import PEAudioVideo
 from pe_av.ranks import process_group, rank
@@ -190,7 +190,7 @@ def _classify(config: ClassifyConfig, folder: Path, device: torch.device) -> dic
             "split": config.data.eval_split,
             "templates": {modality: getattr(config.prompts, modality) for modality in modalities},
             "classes_from": "the clips" if path is None else str(path),
-            "setting": evaluation_setting(config, model, manifest, device),
+            "setting": evaluation_setting(config, model.config, manifest, device),
             **clips.record,
         }
         write_metrics(folder / "metrics.json", metrics, **record)

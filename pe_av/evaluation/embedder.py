@@ -11,8 +11,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from pe_av.config import EvalConfig
-from pe_av.config.evaluation import LabelledConfig
+from pe_av.config.evaluation import EmbeddingConfig
 from pe_av.data.manifest import Clip, Manifest
 from pe_av.device import precision_context, to_device
 from pe_av.evaluation.windows import WindowedClips, windowed
@@ -69,7 +68,7 @@ class EmbeddedClips:
 
 
 def embed_manifest(
-    config: EvalConfig | LabelledConfig,
+    config: EmbeddingConfig,
     model: PEAudioVideo,
     clips: Manifest,
     read: Callable[[Clip], dict[str, Any]],

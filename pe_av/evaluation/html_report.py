@@ -85,7 +85,7 @@ def html(evaluation: Evaluation, page_bytes: int = PAGE_BYTES) -> str:
     bound, maps = heat_maps(embedded.embeds, embedded.valid)
 
     def rendered(media: dict[int, list[str]], left_out: dict[str, int]) -> str:
-        return _template().render(
+        return template_of(Path(__file__).with_name("report.html.jinja")).render(
             evaluation=evaluation,
             table=table(evaluation),
             curves=curves(evaluation.ranked),
@@ -121,8 +121,9 @@ def html(evaluation: Evaluation, page_bytes: int = PAGE_BYTES) -> str:
     return rendered(media, left_out)
 
 
-@lru_cache(1)
-def _template() -> jinja2.Template:
+@lru_cache
+def template_of(path: Path) -> jinja2.Template:
+    """The template of a page, with the filters that pages share."""
     environment = jinja2.Environment(
         autoescape=True,  # captions and ids are whatever the user's files say
         undefined=jinja2.StrictUndefined,
@@ -131,7 +132,7 @@ def _template() -> jinja2.Template:
     )
     environment.filters |= {"shortened": shortened, "log10": math.log10}
     environment.filters["signed"] = lambda value: f"{value:z.2f}".replace("-", "−")
-    return environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
+    return environment.from_string(path.read_text(encoding="utf-8"))
 
 
 def shortened(text: str) -> str:

@@ -31,7 +31,7 @@ from pe_av.data.manifest import Manifest
 from pe_av.device import pick_device
 from pe_av.evaluation.labelled import LabelledClips, embed_labelled, labels_of, load_for_labels, model_modalities
 from pe_av.evaluation.report import write_metrics
-from pe_av.evaluation.retrieval import evaluation_setting
+from pe_av.evaluation.setting import evaluation_setting
 from pe_av.ranks import process_group, rank
 
 METHODS = ("linear", "neighbours")
@@ -179,7 +179,7 @@ def probe_checkpoint(config: ProbeConfig, folder: Path) -> dict[str, Any]:
             "checkpoint": str(config.checkpoint),
             "manifests": {name: getattr(config.data, name) for name in sets},
             "splits": {name: getattr(config.data, f"{name}_split") for name in sets},
-            "setting": {name: evaluation_setting(config, model, clips, device) for name, clips in sets.items()},
+            "setting": {name: evaluation_setting(config, model.config, clips, device) for name, clips in sets.items()},
             "seed": config.seed,
             "left_out": {name: one.record for name, one in embedded.items()},
         }

@@ -1,23 +1,20 @@
 """Zero-shot retrieval on a data set: a table, `metrics.json` and the similarity matrices."""
 
-import hashlib
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from pe_av.checkpoint import WEIGHTS_FILE, load_model
-from pe_av.config import ConfigError, EvalConfig, WindowsConfig
-from pe_av.config.evaluation import LabelledConfig
+from pe_av.checkpoint import load_model
+from pe_av.config import ConfigError, EvalConfig
 from pe_av.data.cache import reader_for
 from pe_av.data.clips import open_manifest
-from pe_av.data.manifest import Manifest
-from pe_av.device import computes_in_bf16, pick_device
+from pe_av.device import pick_device
 from pe_av.evaluation.embedder import EmbeddedClips, cut_record, embed_manifest
 from pe_av.evaluation.html_report import Evaluation, write_report
 from pe_av.evaluation.metrics import Ranked, evaluate_embeddings
 from pe_av.evaluation.report import plot_similarity, print_table, write_metrics
+from pe_av.evaluation.setting import evaluation_setting
 from pe_av.loading.batch import Collate
 from pe_av.media.processor import Processor
 from pe_av.model.pe_audio_video import PEAudioVideo
@@ -57,7 +54,7 @@ def evaluate(config: EvalConfig, folder: Path, device: torch.device) -> Evaluati
     reweighted = evaluate_embeddings(*arguments, protocol="reweighted", intervals=True) if config.reweighted else {}
     setting = {}
     if rank() == 0:
-        setting = {"protocol": config.protocol, **evaluation_setting(config, model, clips, device)}
+        setting = {"protocol": config.protocol, **evaluation_setting(config, model.config, clips, device)}
         setting |= cut_record(embedded.cut)
     evaluation = Evaluation(config, metrics, reweighted, ranked, embedded, clips, setting)
     if rank() == 0:
@@ -73,41 +70,6 @@ def evaluate(config: EvalConfig, folder: Path, device: torch.device) -> Evaluati
             console.print(line, soft_wrap=True)
         console.print(f"written to {folder}")
     return evaluation
-
-
-def evaluation_setting(
-    config: EvalConfig | LabelledConfig, model: PEAudioVideo, clips: Manifest, device: torch.device
-) -> dict[str, str | int | float | None]:
-    """Everything beside the code that changes an embedding."""
-    video = model.config.video
-    return {
-        "checkpoint_sha256": _sha256(Path(config.checkpoint) / WEIGHTS_FILE),
-        "manifest_sha256": clips.sha256(),
-        "clips": len(clips),
-        "max_seconds": config.data.max_seconds,
-        "windows": windows_text(config.windows),
-        "sampling_rate": model.config.audio.codec.sampling_rate,
-        "num_frames": video.num_frames,
-        "frames_per_second": video.frames_per_second,
-        "image_size": video.vision.image_size,
-        "max_tokens": model.config.text.max_tokens,
-        "precision": "bf16" if computes_in_bf16(config.precision, device) else "fp32",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "pe_av": version("pe-av"),
-        "torch": torch.__version__,
-    }
-
-
-def windows_text(windows: WindowsConfig) -> str | None:
-    """How clips were embedded in windows; None: they were not."""
-    if windows.seconds is None:
-        return None
-    return f"{windows.seconds:g} s every {windows.hop or windows.seconds:g} s, {windows.combine}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_embedded(embedded: EmbeddedClips, config: EvalConfig) -> None:

@@ -3,7 +3,7 @@
 An item is a dict of what was read of one clip: "id", "captions" (kind -> texts), and, as far as the clip has them, its
 audio ("waveform" or "codec_features") and its video ("frames" or "frame_features"). "error" says what of it is damaged,
 "partial" what it lacks, "cut" how many of its seconds were not read. An item is used if two of audio, video and
-captions are left; the others take no row.
+captions are left (or one, where nothing is to be paired); the others take no row.
 
 A batch of B rows is a dict:
 
@@ -60,17 +60,19 @@ class Collate:
 
     Args:
         kinds: the kinds of caption that the loss compares with; None: one caption of everything.
+        least: how many of audio, video and captions an item must have to be used: two to pair, one to be embedded.
     """
 
-    def __init__(self, processor: Processor, kinds: Sequence[str | None] = (None,)):
-        self.processor, self.kinds = processor, tuple(kinds)
+    def __init__(self, processor: Processor, kinds: Sequence[str | None] = (None,), least: int = 2):
+        self.processor, self.kinds, self.least = processor, tuple(kinds), least
 
     def __call__(self, items: Sequence[dict[str, Any]], picks: Sequence[int] | None = None) -> dict[str, Any]:
         """
         Args:
             picks: a number for each item, which chooses among its captions of one kind; None: the first is taken.
         """
-        usable = [(item, pick) for item, pick in zip(items, picks or [0] * len(items), strict=True) if _usable(item)]
+        picked = zip(items, picks or [0] * len(items), strict=True)
+        usable = [(item, pick) for item, pick in picked if _count(item) >= self.least]
         clips = [item for item, _ in usable]
         has = {name: _flags(_has(item, name) for item in clips) for name in _ITEM_KEYS}
         has["audio_video"] = has["audio"] & has["video"]
@@ -173,9 +175,9 @@ def _choose(captions: dict[str | None, list[str]], kind: str | None, pick: int) 
     return None
 
 
-def _usable(item: dict[str, Any]) -> bool:
-    """Whether at least two of audio, video and captions are there to be paired."""
-    return _has(item, "audio") + _has(item, "video") + bool(item.get("captions")) >= 2
+def _count(item: dict[str, Any]) -> int:
+    """How many of audio, video and captions are there."""
+    return _has(item, "audio") + _has(item, "video") + bool(item.get("captions"))
 
 
 def _has(item: dict[str, Any], modality: str) -> bool:
