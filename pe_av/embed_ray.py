@@ -8,6 +8,7 @@ replaced, and its part computed again. Source and target lie where all machines 
 are those that one process would write, to the bit on the same hardware.
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def embed_with_ray(config: RayEmbedConfig, _: Path | None = None) -> None:
         import ray
     except ImportError:
         raise ConfigError("this needs Ray Data: pip install 'pe-av[ray]'") from None
-    config = replace(config, target=str(Path(config.target).resolve()))
+    config = _absolute(config)
     plan = make_plan(config, pick_device("cpu" if config.gpus_per_actor else config.device))
     missing = plan.missing()
     if missing:
@@ -63,6 +64,15 @@ def embed_with_ray(config: RayEmbedConfig, _: Path | None = None) -> None:
         finally:
             list_bad(plan.folder)
     print(f"{len(Index(plan.folder)):,} rows: {plan.folder}")
+
+
+def _absolute(config: RayEmbedConfig) -> RayEmbedConfig:
+    """The settings with paths that mean the same in the folders in which actors run."""
+    paths = {name: getattr(config, name) for name in ("checkpoint", "target", "source")}
+    absolute = {name: path and os.path.abspath(path) for name, path in paths.items()}
+    return replace(
+        config, **absolute, data=replace(config.data, eval=config.data.eval and os.path.abspath(config.data.eval))
+    )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,10 @@ from pe_av.media.processor import Media, Processor
 from pe_av.nearest import nearest, nearest_approximately
 
 # what is searched where `--in` does not say it, the first that the index has
-PREFERRED = ("audio_video", "video", "audio", "text_audio_video", "text_video", "text_audio")
+PREFERRED = (
+    "audio_video", "video", "audio",
+    "text_audio_video", "text_video", "text_audio", "video_plus_text", "audio_plus_text",
+)  # fmt: skip
 OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     ">=": pc.greater_equal,
     "<=": pc.less_equal,
@@ -84,13 +87,13 @@ class Searcher:
         folder = Path(index.record["checkpoint"] if checkpoint is None else checkpoint)
         if not folder.is_dir():
             raise ConfigError(f"{folder}: the checkpoint that made {index.folder} is not there; give --checkpoint DIR")
+        self.device = pick_device(device)
+        self.model = load_model(folder, self.device, towers=towers)
         if weights_sha256(folder) != index.record["checkpoint_sha256"]:
             raise ConfigError(
                 f"{folder}: not the checkpoint that made {index.folder}, so its embeddings cannot be compared; give "
                 "--checkpoint DIR, or embed again with this one"
             )
-        self.device = pick_device(device)
-        self.model = load_model(folder, self.device, towers=towers)
         self.processor = Processor.from_pretrained(folder)
 
     def search(

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parent.parent
-# what is imported once; test_matrix for the functions that its ranks run
+# what is imported once; the tests for the functions that their ranks run
 PRELOADED = ["pe_av.training.contrastive", "pe_av.training.frame", "matplotlib.backends.backend_agg", "test_matrix"]
+PRELOADED += ["test_corpus"]
 
 
 def _fork(target: Callable, *arguments: Any) -> BaseProcess:

@@ -14,14 +14,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from processes import Command
-from safetensors.torch import load_file
 from torch import Tensor
 
-from pe_av import Processor, load_model
 from pe_av.config import ConfigError, Pairing, TrainConfig
 from pe_av.config.compose import config_dir, from_dict
 from pe_av.data.manifest import read_manifest
-from pe_av.evaluation.embed import embed_files
 from pe_av.loading.bad_items import BadItems
 from pe_av.loss import LossOutput
 from pe_av.media.tokenizer import train_tokenizer
@@ -227,22 +224,6 @@ def test_a_manifest_that_is_none_is_refused(text: str, message: str, tmp_path: P
     (tmp_path / "clips.jsonl").write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_manifest(tmp_path / "clips.jsonl")
-
-
-def test_embedding_files_writes_what_the_model_gives(trained: Path, tmp_path: Path):
-    demo = trained.parent / "demo" / next(os.walk(trained.parent / "demo"))[1][0]
-    paths = [*sorted((demo / "eval").glob("*.mp4"))[:3], tmp_path / "broken.mp4"]
-    paths[3].write_bytes(b"not media")
-    model, processor = load_model(trained / "checkpoint"), Processor.from_pretrained(trained / "checkpoint")
-    failed = embed_files(model, processor, paths, tmp_path / "out.safetensors", batch_size=2)
-    written = load_file(tmp_path / "out.safetensors")
-    assert list(failed) == [str(paths[3])]
-    assert written["audio_index"].tolist() == written["video_index"].tolist() == [0, 1, 2]
-    with torch.no_grad():
-        for row, path in enumerate(paths[:3]):  # alone, and through the other door
-            batch = processor(audio=path, videos=path)
-            expected = model.get_audio_video_embeds(**batch)[0]
-            torch.testing.assert_close(written["audio_video"][row], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_tokenizer_writes_any_text_and_marks_its_ends():

@@ -31,7 +31,7 @@ def find_clips(source: str) -> Manifest:
         folder, found = os.path.dirname(fixed) or ".", glob.glob(source, recursive=True)
     found = sorted(path for path in found if os.path.isfile(path))
     media = list(_media(found, folder))
-    shards, problems = clips_of_shards([Path(path) for path in found if is_shard(Path(path))], Path(folder))
+    shards, problems = clips_of_shards(filter(is_shard, map(Path, found)), Path(folder), pairs=False)
     for problem in problems:
         print(problem, file=sys.stderr)
     if not media and not shards:

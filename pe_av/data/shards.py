@@ -99,8 +99,12 @@ def is_shard(path: Path) -> bool:
     return ".tar" in path.suffixes or path.suffix == ".tgz"
 
 
-def clips_of_shards(shards: Iterable[Path], folder: Path) -> tuple[list[Clip], list[str]]:
-    """The clips in tars, whose places in them are relative to `folder`, and a line for everything that is not used."""
+def clips_of_shards(shards: Iterable[Path], folder: Path, pairs: bool = True) -> tuple[list[Clip], list[str]]:
+    """The clips in tars, whose places in them are relative to `folder`, and a line for everything that is not used.
+
+    Args:
+        pairs: whether a clip needs two of audio, video and caption.
+    """
     clips: list[Clip] = []
     ids: set[str] = set()
     problems: list[str] = []
@@ -111,7 +115,7 @@ def clips_of_shards(shards: Iterable[Path], folder: Path) -> tuple[list[Clip], l
         samples, shard_problems = _list_samples(shard, os.path.relpath(shard, folder))
         problems += [f"{shard}: {problem}" for problem in shard_problems]
         for key, files in samples.items():
-            clip, sample_problems = sample_clip(shard.stem, key, files)
+            clip, sample_problems = sample_clip(shard.stem, key, files, pairs)
             if clip is not None:
                 if clip.id in ids:
                     unique = f"{shard.stem}/{key}"
@@ -124,7 +128,7 @@ def clips_of_shards(shards: Iterable[Path], folder: Path) -> tuple[list[Clip], l
     return clips, problems
 
 
-def sample_clip(shard: str, key: str, files: Files) -> tuple[Clip | None, list[str]]:
+def sample_clip(shard: str, key: str, files: Files, pairs: bool = True) -> tuple[Clip | None, list[str]]:
     """The clip that a sample makes, None if it cannot be used, and a reason for everything in it that is not used.
 
     A caption comes from the "caption" of KEY.json, or else from KEY.txt.
@@ -133,6 +137,7 @@ def sample_clip(shard: str, key: str, files: Files) -> tuple[Clip | None, list[s
         shard: the shard's name, which is a part of the clip's id if KEY.json has none.
         key: the sample's key in the shard.
         files: what the shard has under this key; the places become the clip's `audio` and `video`.
+        pairs: whether the clip needs two of audio, video and caption.
     """
     row: dict[str, Any] = {}
     text = ""
@@ -165,8 +170,9 @@ def sample_clip(shard: str, key: str, files: Files) -> tuple[Clip | None, list[s
         row["caption"] = text
     row |= {modality: extension and files[extension][0] for modality, extension in used.items()} | {"path": None}
     row["id"] = str(row.get("id") or f"{shard}/{key}")
+    lacks = {} if pairs else {"lacks": "something to pair with"}  # with which a row of one thing is accepted
     try:
-        return checked_clip(row, "not used"), problems
+        return replace(checked_clip(row | lacks, "not used"), lacks=row.get("lacks")), problems
     except ConfigError as error:
         return None, [*problems, str(error)]
 

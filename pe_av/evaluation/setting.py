@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from pe_av.checkpoint import WEIGHTS_FILE
-from pe_av.config import ModelConfig, WindowsConfig
+from pe_av.config import ConfigError, ModelConfig, WindowsConfig
 from pe_av.config.evaluation import EmbeddingConfig
 from pe_av.data.manifest import Manifest
 from pe_av.device import computes_in_bf16
@@ -44,6 +44,13 @@ def windows_text(windows: WindowsConfig) -> str | None:
 
 
 def weights_sha256(checkpoint: Path) -> str:
-    """Of the weights of a native checkpoint."""
-    with (checkpoint / WEIGHTS_FILE).open("rb") as file:
+    """Of the weights of a native checkpoint.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    path = checkpoint / WEIGHTS_FILE
+    if not path.is_file():
+        raise ConfigError(f"{checkpoint}: has no {WEIGHTS_FILE}; give the folder of a checkpoint")
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
