@@ -69,17 +69,10 @@ class Hit:
 class Searcher:
     """An index and the model that made it."""
 
-    def __init__(
-        self,
-        index: Index,
-        checkpoint: str | Path | None = None,
-        device: str = "auto",
-        towers: Sequence[str] | None = None,
-    ):
+    def __init__(self, index: Index, checkpoint: str | Path | None = None, device: str = "auto"):
         """
         Args:
             checkpoint: folder of the model that made the index; None: where it was then.
-            towers: of the model that are loaded; None: all.
         Raises:
             ConfigError, CheckpointError: no checkpoint there, or another one than made the index.
         """
@@ -88,7 +81,7 @@ class Searcher:
         if not folder.is_dir():
             raise ConfigError(f"{folder}: the checkpoint that made {index.folder} is not there; give --checkpoint DIR")
         self.device = pick_device(device)
-        self.model = load_model(folder, self.device, towers=towers)
+        self.model = load_model(folder, self.device)
         if weights_sha256(folder) != index.record["checkpoint_sha256"]:
             raise ConfigError(
                 f"{folder}: not the checkpoint that made {index.folder}, so its embeddings cannot be compared; give "
@@ -272,9 +265,9 @@ def main() -> None:
             **given, within=options.within, top=options.top, where=options.where, approximate=options.approximate
         )
         if options.html:
-            from pe_av.search_page import write_page  # imports what reads pictures
+            from pe_av.search_page import page_of  # imports what reads pictures
 
-            write_page(hits, given, Path(options.html))
+            Path(options.html).write_text(page_of(hits, given), encoding="utf-8")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     if options.json:

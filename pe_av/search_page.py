@@ -13,8 +13,8 @@ PAGE_BYTES = 20_000_000  # films and sounds that would make the page larger cann
 SECONDS = 30.0  # of a clip that are drawn, at most
 
 
-def write_page(hits: Sequence[Hit], query: Mapping[str, Any], path: Path) -> None:
-    """Write the page; its folder must exist.
+def page_of(hits: Sequence[Hit], query: Mapping[str, Any]) -> str:
+    """The page as HTML.
 
     Args:
         query: what was looked for: "text", and the paths "audio" and "video"; None for what was not given.
@@ -30,7 +30,6 @@ def write_page(hits: Sequence[Hit], query: Mapping[str, Any], path: Path) -> Non
         media = [(kind, data_uri(kind, file.read_bytes())) for kind, file in files]
         cards.append({"hit": hit, "picture": picture_of(clip, SECONDS), "media": media, "reason": reason})
     size = {"bins": BINS, "height": 2 * HALF, "frame_height": FRAME_HEIGHT}
-    page = template_of(Path(__file__).with_name("search.html.jinja")).render(
+    return template_of(Path(__file__).with_name("search.html.jinja")).render(
         query={name: value for name, value in query.items() if value is not None}, cards=cards, size=size
     )
-    path.write_text(page, encoding="utf-8")

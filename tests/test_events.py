@@ -167,8 +167,8 @@ def test_auroc_is_scikit_learns(ties: bool):
 def test_the_picture_has_every_recording(tmp_path: Path):
     one = {"caption": "a bell", "waveform": torch.randn(9600), "sampling_rate": 48_000, "scores": torch.rand(5)}
     silence = one | {"waveform": torch.zeros(9600), "spans": []}
-    plot_recordings([one | {"spans": [[0.05, 0.1]]}, silence], tmp_path / "two.png", STEP, 0.5)
-    plot_recordings([silence], tmp_path / "one.png", STEP, 0.5)
+    plot_recordings([one | {"spans": [[0.05, 0.1]]}, silence], STEP, 0.5).savefig(tmp_path / "two.png")
+    plot_recordings([silence], STEP, 0.5).savefig(tmp_path / "one.png")
     width = {name: int.from_bytes((tmp_path / name).read_bytes()[16:20], "big") for name in ("one.png", "two.png")}
     assert width["two.png"] == 2 * width["one.png"]
 

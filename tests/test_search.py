@@ -21,7 +21,7 @@ from pe_av.index import Index, part_path, write_part, write_record
 from pe_av.media.processor import Processor
 from pe_av.nearest import make_approximate, nearest, nearest_approximately
 from pe_av.search import Searcher, how_to_compare, main
-from pe_av.search_page import write_page
+from pe_av.search_page import page_of
 
 
 def random_index(folder: Path, values: np.ndarray, has: np.ndarray, part_rows: int) -> Index:
@@ -181,10 +181,9 @@ def test_conditions_on_columns(corpus: Path):
         ids("split=train", "audio~.wav")
 
 
-def test_the_page_shows_what_was_found(corpus: Path, tmp_path: Path):
+def test_the_page_shows_what_was_found(corpus: Path):
     hits = Searcher(Index(corpus / "index"), device="cpu").search(text="a dog", top=4, within="audio")
-    write_page(hits, {"text": "a <dog>", "audio": None, "video": None}, tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
+    page = page_of(hits, {"text": "a <dog>", "audio": None, "video": None})
     assert "a &lt;dog&gt;" in page and "<b>rain" not in page and "&lt;b&gt;rain&lt;/b&gt; &amp; snow" in page
     assert page.count("<video") == 3 and page.count("<audio") == 1 and page.count("data:image/jpeg") == 3
     assert page.count("<path d=") == 4 and "http" not in page.replace("http-equiv", "")

@@ -6,7 +6,7 @@ compose.py reads settings from YAML and the command line. Nothing here imports t
 
 from pe_av.config.checks import ConfigError, nearest, one_of, require
 from pe_av.config.data import DataConfig, DemoConfig, MixConfig, SpanDemoConfig, StampsConfig, WindowsConfig
-from pe_av.config.evaluation import EmbedConfig, EvalConfig, RayEmbedConfig
+from pe_av.config.evaluation import AppConfig, EmbedConfig, EvalConfig, RayEmbedConfig
 from pe_av.config.model import (
     ACTIVATIONS,
     ARCHITECTURES,
@@ -39,7 +39,7 @@ from pe_av.config.run import (
 )
 
 __all__ = [
-    "ACTIVATIONS", "ARCHITECTURES", "ATTENTIONS", "CAPTIONS", "HEADS", "PAIRINGS", "TOWERS", "AudioConfig",
+    "ACTIVATIONS", "ARCHITECTURES", "ATTENTIONS", "CAPTIONS", "HEADS", "PAIRINGS", "TOWERS", "AppConfig", "AudioConfig",
     "CodecConfig", "ConfigError", "ConvertConfig", "DataConfig", "DemoConfig", "EmbedConfig", "EvalConfig",
     "InitConfig", "LoraConfig", "LossConfig", "MixConfig", "ModelConfig", "OptimConfig", "PEAudioFrameConfig",
     "Pairing", "ParallelConfig", "RayEmbedConfig", "RopeConfig", "RunConfig", "SpanDemoConfig", "SpanTrainConfig",

@@ -94,6 +94,18 @@ class RayEmbedConfig(EmbedConfig):
 
 
 @dataclass
+class AppConfig:
+    """`python -m pe_av.app`: a page to try a model on."""
+
+    index: str = "???"  # The folder that python -m pe_av.embed has written.
+    checkpoint: str | None = None  # Where the model is now that made the index; null: where it was then.
+    frame: str | None = None  # The checkpoint of a PEAudioFrame, which shows when something is heard; null: without.
+    device: str = "auto"  # A device of PyTorch, such as cuda or cpu; auto: cuda if there is a GPU.
+    host: str = "127.0.0.1"  # Who can open the page: 127.0.0.1, only this machine; 0.0.0.0, the network.
+    port: int = 7860
+
+
+@dataclass
 class LabelledConfig(EmbeddingConfig):
     """What classification and probes share."""
 

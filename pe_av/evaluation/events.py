@@ -17,7 +17,6 @@ Own code, because none of the libraries is kept: sed_scores_eval 0.0.4 (2024) fa
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -148,10 +147,8 @@ def _area(wrong: NDArray, found: NDArray) -> float:
     return float((best[inside] * widths).sum() / WRONG_PER_HOUR)
 
 
-def plot_recordings(
-    recordings: Sequence[dict[str, Any]], path: Path, seconds_per_position: float, threshold: float
-) -> None:
-    """Write a PNG of recordings side by side: waveform, spectrogram, and probability with true and marked spans.
+def plot_recordings(recordings: Sequence[dict[str, Any]], seconds_per_position: float, threshold: float) -> Figure:
+    """Recordings side by side: waveform, spectrogram, and probability with true and marked spans.
 
     Args:
         recordings: each {"caption", "waveform" (samples,), "sampling_rate" in Hz, "scores" (positions,), "spans"}.
@@ -182,4 +179,4 @@ def plot_recordings(
     for color, label in (("tab:green", "asked for"), ("tab:blue", "probability"), ("tab:orange", "marked")):
         panels[2, 0].plot([], [], color=color, linewidth=4, alpha=0.6, label=label)
     panels[2, 0].legend(loc="upper right", fontsize=7)
-    figure.savefig(path, format="png")
+    return figure

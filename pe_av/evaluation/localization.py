@@ -163,7 +163,7 @@ def _localize(config: LocalizeConfig, folder: Path, device: torch.device) -> dic
             if "waveform" in (item := read(by_id[name]))
         ]
         if drawn:
-            plot_recordings(drawn, folder / "spans.png", model.seconds_per_position, config.threshold)
+            plot_recordings(drawn, model.seconds_per_position, config.threshold).savefig(folder / "spans.png")
         record = {
             "checkpoint": str(config.checkpoint),
             "manifest": str(path),

@@ -225,7 +225,7 @@ class SpanDetection:
             if "waveform" in item:
                 recordings.append(item | {"sampling_rate": rate, "scores": score})
         if recordings:
-            plot_recordings(recordings, path, self.model.seconds_per_position, THRESHOLD)
+            plot_recordings(recordings, self.model.seconds_per_position, THRESHOLD).savefig(path)
 
 
 class FrameEmbedder(nn.Module):
