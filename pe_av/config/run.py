@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from pe_av.config.checks import nearest, one_of, require
+from pe_av.config.checks import as_yaml, nearest, one_of, require
 from pe_av.config.data import DataConfig, SpanDemoConfig, WindowsConfig
 from pe_av.config.model import CAPTIONS, HEADS, PAIRINGS, ModelConfig, PEAudioFrameConfig
 
@@ -202,6 +202,8 @@ class RunConfig:
 class TrainConfig(RunConfig):
     """`python train.py`: the contrastive training of PEAudioVideo."""
 
+    __repr__ = as_yaml
+
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -223,6 +225,8 @@ class TrainConfig(RunConfig):
 @dataclass
 class SpanTrainConfig(RunConfig):
     """`python -m pe_av.training.frame`: PEAudioFrame, on recordings with captions and the spans that these describe."""
+
+    __repr__ = as_yaml
 
     model: PEAudioFrameConfig = field(default_factory=PEAudioFrameConfig)
     # Manifest: JSONL of {"path", "caption", "spans": [[start_s, end_s], …]}. null: train and evaluate on the demo.
@@ -248,6 +252,8 @@ class SpanTrainConfig(RunConfig):
 @dataclass
 class EvalConfig:
     """`python eval.py`: zero-shot retrieval with a native checkpoint."""
+
+    __repr__ = as_yaml
 
     checkpoint: Any = "???"  # The folder of a native checkpoint; or a list of such, which are compared with the first.
     data: DataConfig = field(default_factory=DataConfig)
