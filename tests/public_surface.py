@@ -32,3 +32,4 @@ assert_type(
 
 text_only = load_model("folder", device=torch.device("cpu"), towers=("text",))
 save_model(text_only, "other")
+save_model(load_model("hf:facebook/pe-av-large", dtype=torch.bfloat16), "other", push_to="someone/model")

@@ -72,14 +72,19 @@ class Processor:
     def from_pretrained(cls, path: str | Path) -> "Processor":
         """The processor of a checkpoint folder, from its `config.yaml` and, if there is one, its `tokenizer.json`.
 
+        Args:
+            path: the folder, or a name on the hub, "hf:user/name", as `load_model` takes it.
         Raises:
             ConfigError: `config.yaml` is missing or wrong.
             ValueError: `tokenizer.json` is not a tokenizer.
         """
-        if not Path(path).is_dir():
+        from pe_av.checkpoint import checkpoint_folder  # a download also converts, for which this module is needed
+
+        path = checkpoint_folder(path)
+        if not path.is_dir():
             raise ConfigError(f"{path}: no such folder; give that of a checkpoint, such as runs/<date>/checkpoint")
-        config = read_model_config(Path(path) / "config.yaml")
-        return cls(config, read_tokenizer(path) if (Path(path) / "tokenizer.json").exists() else None)
+        config = read_model_config(path / "config.yaml")
+        return cls(config, read_tokenizer(path) if (path / "tokenizer.json").exists() else None)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the tokenizer, if there is one, to `tokenizer.json` in a folder; the model writes `config.yaml`."""
