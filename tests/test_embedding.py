@@ -11,9 +11,10 @@ from conftest import randomize, relative_error, small_config
 from PIL import Image
 from torch import Tensor
 
-from pe_av import PEAudioFrame, PEAudioVideo, Processor, embed, load_model, save_model
+from pe_av import PEAudioFrame, PEAudioVideo, Processor, load_model, save_model
 from pe_av.config import HEADS, PEAudioFrameConfig
 from pe_av.data.rendering import write_mp4
+from pe_av.embedding import embed
 from pe_av.media.tokenizer import train_tokenizer
 from pe_av.media.tracks import MediaError
 

@@ -53,7 +53,7 @@ class Summary:
             if name == "total":
                 table.add_section()
             table.add_row(name, f"{cost.parameters:,}", f"{cost.trainable:,}", f"{cost.flops / 1e9:,.3f}")
-        console = Console(file=io.StringIO(), width=100, color_system=None)
+        console = Console(file=io.StringIO(), width=100, color_system=None, force_jupyter=False)
         console.print(table)
         return "\n".join([self.title, *(line.rstrip() for line in console.file.getvalue().rstrip().splitlines())])
 
