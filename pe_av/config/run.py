@@ -55,6 +55,8 @@ class Pairing:
 class LossConfig:
     """The sigmoid contrastive loss: what is paired with what (configs/loss), and with which weights."""
 
+    __repr__ = as_yaml
+
     # Factors on the weights of pairings, by the pairing whose scale and bias they use. With 0 a loss is only reported.
     weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PAIRINGS, 1.0))
     pairings: list[Pairing] = field(default_factory=lambda: [Pairing(name, *PAIRINGS[name]) for name in PAIRINGS])
@@ -81,6 +83,8 @@ class LossConfig:
 @dataclass
 class OptimConfig:
     """AdamW, its learning rate schedule, and which parts of the model it trains (training/optim.py)."""
+
+    __repr__ = as_yaml
 
     lr: float = 1e-3  # The highest learning rate, reached after the warm-up.
     weight_decay: float = 0.05  # Applied to matrices, but not to norms, biases, position embeddings and logit scales.
@@ -114,6 +118,8 @@ class OptimConfig:
 class LoraConfig:
     """Low-rank adapters, trained instead of the weights of the towers (training/lora.py)."""
 
+    __repr__ = as_yaml
+
     rank: int = 0  # The rank of the adapters; 0: no adapters, all weights are trained.
     alpha: float = 16.0  # The output of an adapter is scaled by alpha / rank.
 
@@ -126,6 +132,8 @@ class LoraConfig:
 class ParallelConfig:
     """How processes share a model, and how a step saves memory and time. It never changes what is computed
     (training/parallel.py)."""
+
+    __repr__ = as_yaml
 
     strategy: str = "ddp"  # With several ranks: ddp (every rank holds the whole model) or fsdp (every rank a shard).
     # With fsdp: the number of ranks that hold one copy of the model, such as the 8 GPUs of a node; null: all ranks.
@@ -148,6 +156,8 @@ class ParallelConfig:
 @dataclass
 class InitConfig:
     """Weights that single towers start from (conversion/warm_start.py); null: random weights."""
+
+    __repr__ = as_yaml
 
     text: str | None = None  # ModernBERT: a folder in the format of transformers, with its tokenizer.json.
     vision: str | None = None  # PE-Core: a .safetensors file of timm, or a .pt file of the original.
