@@ -220,6 +220,7 @@ def test_right_arguments_are_let_through():
     check_overrides(TrainConfig, arguments)
 
 
+@pytest.mark.slow  # starts the command
 def test_settings_from_python_are_those_of_the_command():
     """Against what the command itself shows; and what it refuses is refused here."""
     overrides = ["steps=7", "loss=three", "data=manifest", "data.train=x.jsonl", "data.eval=x.jsonl"]
