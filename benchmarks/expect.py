@@ -17,11 +17,9 @@ embeddings (tests/test_expect.py compares both with a real step), and everything
 
 import argparse
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peer import positive
 from pe_av import PEAudioVideo, build_model
@@ -30,18 +28,11 @@ from pe_av.config import HEADS, PAIRINGS
 NODE = 8  # GPUs
 
 
-def clip_flops(model: PEAudioVideo, seconds: int = 10, frames: int = 16, tokens: int = 32) -> tuple[int, int]:
+def clip_flops(model: PEAudioVideo, seconds: float = 10, frames: int = 16, tokens: int = 32) -> tuple[int, int]:
     """Operations of one forward of one clip: of the frozen codec, and of everything that is trained."""
-    config, device = model.config, next(model.parameters()).device
-    size, codec = config.video.vision.image_size, config.audio.codec
-    waveform = torch.zeros(1, 1, seconds * codec.sampling_rate // codec.hop_length * codec.hop_length, device=device)
-    pixels = torch.zeros(1, frames, 3, size, size, device=device)
-    ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
-    with torch.no_grad(), FlopCounterMode(display=False) as of_codec:
-        features, _ = model.audio.encode(waveform)
-    with torch.no_grad(), FlopCounterMode(display=False) as of_rest:
-        model.embed({"codec_features": features, "pixel_values_videos": pixels}, {None: {"input_ids": ids}})
-    return of_codec.get_total_flops(), of_rest.get_total_flops()
+    summary = model.summary(seconds, frames, tokens)
+    codec = summary.parts["codec"].flops
+    return codec, summary.total.flops - codec
 
 
 def ring_bytes(rows: int, ranks: int, dim: int) -> int:

@@ -21,6 +21,7 @@ from pe_av.model.pe_audio_frame import PEAudioFrame
 from pe_av.model.pe_audio_video import PEAudioVideo
 
 CONFIG_FILE, WEIGHTS_FILE = "config.yaml", "model.safetensors"
+ON_HUB = "hf:"  # stands before a name on the Hugging Face hub
 
 Model = PEAudioVideo | PEAudioFrame
 
@@ -67,14 +68,16 @@ def load_model(
     """Load the model of a checkpoint folder in our own format, in eval mode.
 
     Args:
+        path: the folder; or "hf:user/name", optionally with "@revision", for a checkpoint of any known format on the
+            Hugging Face hub, which is downloaded and converted once (see `pe_av.hub`).
         dtype: of the weights; None: as stored.
         towers: which of "text", "audio", "video" and "fusion" to load, e.g. ("audio", "text"). The others are neither
             read nor built, and the model has the heads that the loaded towers allow. None: everything.
     Raises:
-        CheckpointError: no such folder, unreadable weights, or weights that do not fit the config.
+        CheckpointError: no such folder, unreadable weights, weights that do not fit the config, or no download.
         ConfigError: an unknown key or an impossible value in the config, or `towers` that the model does not have.
     """
-    path = Path(path)
+    path = checkpoint_folder(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; give that of a checkpoint, such as runs/<date>/checkpoint")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -98,9 +101,30 @@ def load_model(
     return model.eval()
 
 
-def save_model(model: Model, path: str | Path) -> None:
-    """Write a checkpoint folder, or replace the files of an existing one, each atomically."""
-    save_weights(model.config, model.state_dict(), path)
+def checkpoint_folder(path: str | Path) -> Path:
+    """`path`, or where the cache has the checkpoint "hf:user/name" of the Hugging Face hub."""
+    if not str(path).startswith(ON_HUB):
+        return Path(path)
+    from pe_av.hub import cached  # which imports the converter
+
+    return cached(path)
+
+
+def save_model(model: Model, path: str | Path, push_to: str | None = None) -> None:
+    """Write a checkpoint folder, or replace the files of an existing one, each atomically.
+
+    Args:
+        push_to: also upload the folder to this repository of the Hugging Face hub, "user/name", with a model card. If
+            the folder is the `checkpoint/` or `best/` of a run and already has these weights, the card has the run's
+            data, settings and metrics.
+    Raises:
+        CheckpointError: the weights cannot be written, or the folder cannot be uploaded.
+    """
+    if push_to is None:
+        return save_weights(model.config, model.state_dict(), path)
+    from pe_av.hub import publish
+
+    publish(model, Path(path), push_to)
 
 
 def save_weights(config: ModelConfig | PEAudioFrameConfig, weights: dict[str, Tensor], path: str | Path) -> None:

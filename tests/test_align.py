@@ -32,7 +32,7 @@ def test_rows_of_different_lengths(frames: int):
     audio_length = torch.tensor([30, 30, 17, 1])
     video = torch.randn(4, frames, 5)
     video[torch.arange(frames) >= video_length[:, None]] = torch.nan
-    aligned = align(video, video_length, audio_length, 30)
+    aligned = align(video, nearest_index(video_length, audio_length, 30))
     assert aligned.shape == (4, 30, 5)
     assert aligned.isfinite().all()
     for row, (source, target) in enumerate(zip(video_length.tolist(), audio_length.tolist(), strict=True)):

@@ -111,3 +111,27 @@ def test_a_part_is_exported_for_all_lengths(model: PEAudioVideo, name: str):
             assert relative_error(found[valid], expected[valid]) <= 1e-9
             compared += 1
     assert compared
+
+
+@pytest.mark.slow
+def test_hidden_states_of_compiled_models(model: PEAudioVideo):
+    """In one graph, and where blocks are compiled one by one; without the request the same model keeps none."""
+    torch._dynamo.reset()
+    batch = in_double(random_batch(model.config))
+    fast = torch.compile(model.forward, backend="eager", dynamic=True, fullgraph=True)
+    with torch.no_grad():
+        expected = model(**batch, output_hidden_states=True)
+        found = [fast(**batch, output_hidden_states=True)]
+        assert fast(**batch).hidden_states is None
+        blocks = model.blocks()
+        for block in blocks:
+            block.compile(backend="eager", dynamic=True)
+        found.append(model(**batch, output_hidden_states=True))
+        for block in blocks:
+            block._compiled_call_impl = None
+    for out in found:
+        assert torch.equal(out.alignment, expected.alignment)
+        for name, states in expected.hidden_states.items():
+            assert len(out.hidden_states[name]) == len(states)
+            for ours, theirs in zip(out.hidden_states[name], states, strict=True):
+                assert relative_error(ours[:, :2], theirs[:, :2]) <= 1e-9  # positions that are valid in every row

@@ -1,5 +1,7 @@
 """A misspelt or impossible setting fails before anything is built; the message names it and the nearest right one."""
 
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,15 @@ import yaml
 from conftest import small_config
 
 from pe_av.config import CodecConfig, ConfigError, EvalConfig, ModelConfig, TrainConfig
-from pe_av.config.compose import check_overrides, config_dir, from_dict, load_preset, model_presets, read_yaml
+from pe_av.config.compose import (
+    check_overrides,
+    compose_settings,
+    config_dir,
+    from_dict,
+    load_preset,
+    model_presets,
+    read_yaml,
+)
 
 
 def message_of(schema: type, values: dict[str, Any]) -> str:
@@ -208,3 +218,23 @@ def test_right_arguments_are_let_through():
     arguments += ["model=small,base", "optim.lr=1e-3,1e-4"]  # sweeps
     arguments += ["hydra.run.dir=runs/x", "--multirun", "--config-name=train", "-m"]
     check_overrides(TrainConfig, arguments)
+
+
+@pytest.mark.slow  # starts the command
+def test_settings_from_python_are_those_of_the_command():
+    """Against what the command itself shows; and what it refuses is refused here."""
+    overrides = ["steps=7", "loss=three", "data=manifest", "data.train=x.jsonl", "data.eval=x.jsonl"]
+    shown = subprocess.run(
+        [sys.executable, "train.py", *overrides, "--cfg", "job"],
+        cwd=config_dir().parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    expected = from_dict(TrainConfig, yaml.safe_load(shown.stdout), source="the command")
+    assert compose_settings(TrainConfig, "train", overrides) == expected
+    assert expected.steps == 7 and expected.data.train == "x.jsonl"
+    mixed = compose_settings(TrainConfig, "train", ["data=manifest", "data.mix.a.train=x.jsonl", "data.mix.a.weight=2"])
+    assert (mixed.data.mix["a"].train, mixed.data.mix["a"].weight) == ("x.jsonl", 2)
+    with pytest.raises(ConfigError, match="unknown setting stpes; did you mean steps"):
+        compose_settings(TrainConfig, "train", ["stpes=7"])

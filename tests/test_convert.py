@@ -919,7 +919,7 @@ def test_a_hub_name_is_downloaded(
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     convert(name, tmp_path / "native")
     assert (asked["repository"], asked["revision"]) == ("someone/model", revision)
-    assert set(asked["allow_patterns"]) == {"*.json", "*.safetensors"}
+    assert set(asked["allow_patterns"]) == {"*.json", "*.safetensors", "config.yaml"}
 
 
 @pytest.mark.parametrize("name", ["nowhere", "a/b/c", "./nowhere", "someone/model with spaces"])

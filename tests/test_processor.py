@@ -424,8 +424,8 @@ BAD_VIDEOS = [
     (torch.zeros(2, 3, 8, 8), "frames of torch.float32; pass uint8 from 0 to 255, the processor scales them"),
     (np.zeros((2, 8, 8, 3), np.int64), "frames of torch.int64; pass uint8"),
     (
-        torch.zeros(3, 8, 8, dtype=torch.uint8),
-        r"frames of shape \(3, 8, 8\); pass \(F, 3, H, W\) or .* a batch as a list",
+        torch.zeros(8, 8, dtype=torch.uint8),
+        r"frames of shape \(8, 8\); pass \(F, 3, H, W\) or .* a batch as a list",
     ),
     (torch.zeros(1, 2, 3, 8, 8, dtype=torch.uint8), r"frames of shape \(1, 2, 3, 8, 8\); pass"),
     (

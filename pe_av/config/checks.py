@@ -1,7 +1,12 @@
-"""Checks of single settings, used in `__post_init__`."""
+"""Checks of single settings, used in `__post_init__`, and how settings are shown."""
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import asdict
+from textwrap import indent
+from typing import Any
+
+import yaml
 
 
 class ConfigError(ValueError):
@@ -28,3 +33,9 @@ def require(condition: bool, message: str) -> None:
     """Raise `ConfigError` with the message if the condition does not hold."""
     if not condition:
         raise ConfigError(message)
+
+
+def as_yaml(settings: Any) -> str:
+    """The repr of settings: the class, and the YAML that they can be read from."""
+    values = yaml.safe_dump(asdict(settings), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+    return f"{type(settings).__name__}:\n{indent(values.rstrip(), '  ')}"

@@ -93,6 +93,25 @@ def load_preset(name: str) -> ModelConfig:
     return from_dict(ModelConfig, OmegaConf.to_container(composed.model), source=f"configs/model/{name}.yaml")
 
 
+def compose_settings(schema: type, config_name: str, overrides: Sequence[str] = ()) -> Any:
+    """The settings that a command would run with, for starting it from Python.
+
+    Args:
+        schema, config_name: as of `run_command`; `(TrainConfig, "train")` is `python train.py`.
+        overrides: the command's arguments, such as "steps=100".
+    Raises:
+        ConfigError: an argument names no setting, or its value is impossible.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+
+    check_overrides(schema, overrides)
+    ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        composed = compose(config_name, _with_named_sections(schema, overrides))
+    return from_dict(schema, OmegaConf.to_container(composed), source="config")
+
+
 def check_overrides(schema: type, arguments: Sequence[str]) -> None:
     """Refuse a misspelt `key=value` on the command line, naming the nearest right key or file of a config group.
 

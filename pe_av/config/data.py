@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from pe_av.config.checks import one_of, require
+from pe_av.config.checks import as_yaml, one_of, require
 
 
 @dataclass
@@ -42,6 +42,8 @@ class MixConfig:
 @dataclass
 class DataConfig:
     """The clips to train and evaluate on, and how they are read. data/manifest.py says what a manifest is."""
+
+    __repr__ = as_yaml
 
     train: str | None = None  # Manifest to train on: a .jsonl, .csv or .parquet file.
     eval: str | None = None  # Manifest to evaluate on.

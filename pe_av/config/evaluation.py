@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from pe_av.config.checks import one_of, require
+from pe_av.config.checks import as_yaml, one_of, require
 from pe_av.config.data import DataConfig, SpanDemoConfig, WindowsConfig
 from pe_av.config.model import HEADS
 
@@ -33,6 +33,8 @@ class EmbeddingConfig:
 class EvalConfig(EmbeddingConfig):
     """`python eval.py`: zero-shot retrieval with a native checkpoint."""
 
+    __repr__ = as_yaml
+
     checkpoint: Any = "???"  # The folder of a native checkpoint; or a list of such, which are compared with the first.
     protocol: str = "dot"  # What items are ranked by: dot (the dot product) | cosine.
     # Also the original repository's protocol, by which published figures were made: cosines × 10, times their softmax
@@ -57,6 +59,8 @@ class EvalConfig(EmbeddingConfig):
 @dataclass
 class EmbedConfig(EmbeddingConfig):
     """`python -m pe_av.embed`: the embeddings of a corpus, in a folder that `python -m pe_av.search` searches."""
+
+    __repr__ = as_yaml
 
     target: str = "???"  # The folder that the embeddings are written to. If it was begun before, it is completed.
     # What to embed: a manifest, a folder, or a pattern such as 'clips/**/*.mp4'; of media files or of tar shards.

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from pe_av.config.checks import one_of, require
+from pe_av.config.checks import as_yaml, one_of, require
 
 # (left, right) embeddings of each pairing: the rows of `logits_<pairing>` are the left ones
 PAIRINGS: dict[str, tuple[str, str]] = {
@@ -41,6 +41,8 @@ ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")  # the names that pu
 class RopeConfig:
     """Rotary position embedding of a temporal transformer."""
 
+    __repr__ = as_yaml
+
     # default | linear (positions are divided by `factor`) | dynamic (the base grows with inputs beyond the maximum)
     rope_type: str = "default"
     rope_theta: float = 20_000.0  # The base of the angles.
@@ -50,6 +52,8 @@ class RopeConfig:
 @dataclass
 class TransformerConfig:
     """The transformer over time that the audio, video and fusion towers have (paper, section 3)."""
+
+    __repr__ = as_yaml
 
     hidden_size: int = 1792
     intermediate_size: int = 4800  # The width of the gated MLP.
@@ -85,6 +89,8 @@ class TransformerConfig:
 @dataclass
 class TextConfig:
     """ModernBERT (arXiv 2412.13663). Its output at token 0, after layer `nth_text_layer`, is the text feature."""
+
+    __repr__ = as_yaml
 
     vocab_size: int = 50_368
     hidden_size: int = 1024
@@ -125,6 +131,8 @@ class TextConfig:
 class CodecConfig:
     """The DAC-VAE encoder (arXiv 2306.06546): from a waveform to positions."""
 
+    __repr__ = as_yaml
+
     sampling_rate: int = 48_000  # In Hz.
     encoder_hidden_size: int = 64  # The width of the first stage; every stage doubles it.
     downsampling_ratios: list[int] = field(default_factory=lambda: [2, 8, 10, 12])
@@ -145,6 +153,8 @@ class CodecConfig:
 @dataclass
 class VisionConfig:
     """The PE-Core vision transformer (arXiv 2504.13181). The defaults are those of PE-Core-L14-336."""
+
+    __repr__ = as_yaml
 
     image_size: int = 336  # Width and height of a frame, in pixels.
     patch_size: int = 14
@@ -178,12 +188,16 @@ class VisionConfig:
 
 @dataclass
 class AudioConfig:
+    __repr__ = as_yaml
+
     codec: CodecConfig = field(default_factory=CodecConfig)
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
 
 
 @dataclass
 class VideoConfig:
+    __repr__ = as_yaml
+
     vision: VisionConfig = field(default_factory=VisionConfig)
     transformer: TransformerConfig = field(default_factory=lambda: TransformerConfig(num_hidden_layers=4))
     # Use this many frames, spread evenly over the clip, as the 16-frame models do; null: use every frame.
@@ -205,6 +219,8 @@ class VideoConfig:
 @dataclass
 class ModelConfig:
     """PE-AV: text, audio and video towers, a fusion of audio and video, eight heads, six logit scales and biases."""
+
+    __repr__ = as_yaml
 
     text: TextConfig = field(default_factory=TextConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
@@ -247,6 +263,8 @@ class ModelConfig:
 @dataclass
 class PEAudioFrameConfig:
     """PE-A-Frame: text and audio towers, with an embedding for every position of the audio."""
+
+    __repr__ = as_yaml
 
     text: TextConfig = field(default_factory=TextConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)

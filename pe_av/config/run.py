@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, field, replace
 
-from pe_av.config.checks import nearest, one_of, require
+from pe_av.config.checks import as_yaml, nearest, one_of, require
 from pe_av.config.data import DataConfig, SpanDemoConfig
 from pe_av.config.model import CAPTIONS, HEADS, PAIRINGS, ModelConfig, PEAudioFrameConfig
 
@@ -54,6 +54,8 @@ class Pairing:
 class LossConfig:
     """The sigmoid contrastive loss: what is paired with what (configs/loss), and with which weights."""
 
+    __repr__ = as_yaml
+
     # Factors on the weights of pairings, by the pairing whose scale and bias they use. With 0 a loss is only reported.
     weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PAIRINGS, 1.0))
     pairings: list[Pairing] = field(default_factory=lambda: [Pairing(name, *PAIRINGS[name]) for name in PAIRINGS])
@@ -80,6 +82,8 @@ class LossConfig:
 @dataclass
 class OptimConfig:
     """AdamW, its learning rate schedule, and which parts of the model it trains (training/optim.py)."""
+
+    __repr__ = as_yaml
 
     lr: float = 1e-3  # The highest learning rate, reached after the warm-up.
     weight_decay: float = 0.05  # Applied to matrices, but not to norms, biases, position embeddings and logit scales.
@@ -113,6 +117,8 @@ class OptimConfig:
 class LoraConfig:
     """Low-rank adapters, trained instead of the weights of the towers (training/lora.py)."""
 
+    __repr__ = as_yaml
+
     rank: int = 0  # The rank of the adapters; 0: no adapters, all weights are trained.
     alpha: float = 16.0  # The output of an adapter is scaled by alpha / rank.
 
@@ -125,6 +131,8 @@ class LoraConfig:
 class ParallelConfig:
     """How processes share a model, and how a step saves memory and time. It never changes what is computed
     (training/parallel.py)."""
+
+    __repr__ = as_yaml
 
     strategy: str = "ddp"  # With several ranks: ddp (every rank holds the whole model) or fsdp (every rank a shard).
     # With fsdp: the number of ranks that hold one copy of the model, such as the 8 GPUs of a node; null: all ranks.
@@ -147,6 +155,8 @@ class ParallelConfig:
 @dataclass
 class InitConfig:
     """Weights that single towers start from (conversion/warm_start.py); null: random weights."""
+
+    __repr__ = as_yaml
 
     text: str | None = None  # ModernBERT: a folder in the format of transformers, with its tokenizer.json.
     vision: str | None = None  # PE-Core: a .safetensors file of timm, or a .pt file of the original.
@@ -201,6 +211,8 @@ class RunConfig:
 class TrainConfig(RunConfig):
     """`python train.py`: the contrastive training of PEAudioVideo."""
 
+    __repr__ = as_yaml
+
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -222,6 +234,8 @@ class TrainConfig(RunConfig):
 @dataclass
 class SpanTrainConfig(RunConfig):
     """`python -m pe_av.training.frame`: PEAudioFrame, on recordings with captions and the spans that these describe."""
+
+    __repr__ = as_yaml
 
     model: PEAudioFrameConfig = field(default_factory=PEAudioFrameConfig)
     # Manifest: JSONL of {"path", "caption", "spans": [[start_s, end_s], …]}. null: train and evaluate on the demo.

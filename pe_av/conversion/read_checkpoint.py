@@ -6,7 +6,6 @@ Weights stay memory-mapped, so opening a checkpoint needs little memory.
 """
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -31,6 +30,7 @@ from pe_av.conversion.weight_names import (
     TRANSFORMERS,
     Format,
 )
+from pe_av.hub import download
 from pe_av.media.tokenizer import read_tokenizer
 
 INDEX_FILE, TOKENIZER_FILE = f"{WEIGHTS_FILE}.index.json", "tokenizer.json"
@@ -98,24 +98,7 @@ def find_folder(source: str | Path) -> Path:
         return Path(source)
     if Path(source).exists():
         raise CheckpointError(f"{source} is a file: give the folder that it lies in")
-    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", str(source))
-    if match is None:
-        raise CheckpointError(f"{source}: no such folder")
-    name, revision = match.groups()
-    by_hand = f"or download it by other means (hf download {name}) and give the folder"
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise CheckpointError(
-            f"{source} is no folder here; to fetch it from the hub: pip install 'pe-av[hub]', {by_hand}"
-        ) from None
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # the hub's errors have no common base class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"{source} is no folder here and could not be downloaded ({reason}): check name and network, {by_hand}"
-        ) from None
+    return download(str(source))
 
 
 class _Weights:

@@ -51,25 +51,35 @@ def to_rate(sampling_rate: Any) -> int:
 
 
 def to_frames(video: Any) -> Tensor:
-    """A user's (F, 3, H, W) or (F, H, W, 3) uint8 -> (F, 3, H, W) uint8.
+    """A user's (F, 3, H, W) or (F, H, W, 3) uint8 -> (F, 3, H, W) uint8. An image is a video of one frame: a PIL image
+    of any mode, turned upright, or (3, H, W) or (H, W, 3) uint8.
 
     Raises:
         MediaError: it is anything else, or has no frames.
     """
+    if type(video).__module__.startswith("PIL."):
+        from PIL import ImageOps  # whoever has a PIL image has Pillow
+
+        video = np.asarray(ImageOps.exif_transpose(video).convert("RGB"))
     frames = _to_tensor(video, "frames")
     shape = tuple(frames.shape)
+    if frames.ndim == 3:
+        frames = frames[None]
     if frames.ndim != 4:
         raise MediaError(f"frames of shape {shape}; pass (F, 3, H, W) or (F, H, W, 3), and a batch as a list of videos")
     if frames.dtype != torch.uint8:
         raise MediaError(f"frames of {frames.dtype}; pass uint8 from 0 to 255, the processor scales them")
     if 0 in shape:
         raise MediaError(f"frames of shape {shape} have no pixels; leave the item out")
-    if (shape[1] == 3) == (shape[3] == 3):
+    if (frames.shape[1] == 3) == (frames.shape[3] == 3):
+        first, forms = "second", "(F, 3, H, W) or (F, H, W, 3)"
+        if len(shape) == 3:
+            first, forms = "first", "(3, H, W) or (H, W, 3) of an image"
         raise MediaError(
-            f"frames of shape {shape}; exactly one of the second and the last dimension must be 3, for RGB: "
-            "pass (F, 3, H, W) or (F, H, W, 3)"
+            f"frames of shape {shape}; exactly one of the {first} and the last dimension must be 3, for RGB: "
+            f"pass {forms}"
         )
-    return frames if shape[1] == 3 else rearrange(frames, "f h w c -> f c h w")
+    return frames if frames.shape[1] == 3 else rearrange(frames, "f h w c -> f c h w")
 
 
 def _to_tensor(item: Any, name: str) -> Tensor:

@@ -8,7 +8,7 @@ workers do the first step, whose results can be cached, and `loading.batch.Colla
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,19 +20,35 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pe_av.config import ConfigError, ModelConfig, PEAudioFrameConfig
 from pe_av.config.compose import read_model_config
+from pe_av.device import to_device
 from pe_av.media.audio import pad_to_hops, read_audio, resample
 from pe_av.media.frames import CHUNK, iter_frames
 from pe_av.media.inputs import MAX_RATE, MIN_RATE, to_frames, to_rate, to_waveform
 from pe_av.media.timeline import spread_indices
 from pe_av.media.tokenizer import read_tokenizer
 from pe_av.media.tracks import MediaError, check_segment
+from pe_av.model.outputs import described
 
 # The model's own function, because the model scales frames too: data loaders send them as bytes, a quarter of the size.
 from pe_av.model.video import scale_frames
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 Media = str | Path | Tensor | np.ndarray
 # seconds that the filter of `resample` reaches to either side: 6 periods of the lower rate, which is 1 kHz at least
 FILTER_REACH = 0.01
+
+
+class Batch(dict[str, Tensor]):
+    """Arguments of a model's `forward` by name, to be passed as `model(**batch)`."""
+
+    def to(self, device: str | torch.device) -> "Batch":
+        """A batch with the same tensors on the device. They keep their dtypes; a model casts its input itself."""
+        return Batch(to_device(dict(self), torch.device(device)))
+
+    def __repr__(self) -> str:
+        return described("Batch", self)
 
 
 class Processor:
@@ -56,14 +72,19 @@ class Processor:
     def from_pretrained(cls, path: str | Path) -> "Processor":
         """The processor of a checkpoint folder, from its `config.yaml` and, if there is one, its `tokenizer.json`.
 
+        Args:
+            path: the folder, or a name on the hub, "hf:user/name", as `load_model` takes it.
         Raises:
             ConfigError: `config.yaml` is missing or wrong.
             ValueError: `tokenizer.json` is not a tokenizer.
         """
-        if not Path(path).is_dir():
+        from pe_av.checkpoint import checkpoint_folder  # a download also converts, for which this module is needed
+
+        path = checkpoint_folder(path)
+        if not path.is_dir():
             raise ConfigError(f"{path}: no such folder; give that of a checkpoint, such as runs/<date>/checkpoint")
-        config = read_model_config(Path(path) / "config.yaml")
-        return cls(config, read_tokenizer(path) if (Path(path) / "tokenizer.json").exists() else None)
+        config = read_model_config(path / "config.yaml")
+        return cls(config, read_tokenizer(path) if (path / "tokenizer.json").exists() else None)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the tokenizer, if there is one, to `tokenizer.json` in a folder; the model writes `config.yaml`."""
@@ -75,17 +96,17 @@ class Processor:
         self,
         text: str | Sequence[str] | None = None,
         audio: Media | Sequence[Media] | None = None,
-        videos: Media | Sequence[Media] | None = None,
+        videos: "Media | Image | Sequence[Media | Image] | None" = None,
         sampling_rate: int | None = None,
         max_seconds: float | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> Batch:
         """A batch from at least one of text, audio and videos: a single item, or lists of equal length.
 
         Args:
             text: captions.
             audio: paths of media files, or waveforms as `audio_item` takes them.
-            videos: paths of media files, or frames as `video_item` takes them. Audio and video from the same file are
-                on the same clock, even if one of them begins late (see `media.tracks`).
+            videos: paths of media files, or frames or images as `video_item` takes them. Audio and video from the same
+                file are on the same clock, even if one of them begins late (see `media.tracks`).
             sampling_rate: Hz of all waveforms, required for them. Files know their own.
             max_seconds: cut files and waveforms to this duration. Frames that are passed as a tensor are not cut.
         Returns:
@@ -113,7 +134,7 @@ class Processor:
                 f"got {listed}; pass equally many of each, and at least one: row i of the batch is item i of each"
             )
 
-        batch: dict[str, Tensor] = {}
+        batch = Batch()
         if "text" in given:
             batch |= self.batch_text(given["text"])
         if "audio" in given:
@@ -181,12 +202,13 @@ class Processor:
         return pad_to_hops(waveform, codec.hop_length)
 
     def video_item(
-        self, video: Media, max_seconds: float | None = None, start: float = 0.0, end: float | None = None
+        self, video: "Media | Image", max_seconds: float | None = None, start: float = 0.0, end: float | None = None
     ) -> Tensor:
         """The frames of one video as the model samples them, as bytes, squashed to the model's square.
 
         Args:
-            video: path of a media file, or (F, 3, H, W) or (F, H, W, 3) uint8. A file is sampled by the model's
+            video: path of a media file, or (F, 3, H, W) or (F, H, W, 3) uint8. An image is a video of one frame: path
+                of an image, PIL image, or (3, H, W) or (H, W, 3) uint8. A file is sampled by the model's
                 `num_frames` or `frames_per_second`. A tensor's frame rate is unknown, so only `num_frames` applies to
                 it: pass frames at the model's rate.
             max_seconds: longest duration to read of a file.

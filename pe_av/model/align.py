@@ -21,12 +21,6 @@ def nearest_index(source_length: Tensor, target_length: Tensor, target_size: int
     return index.minimum(source_length[:, None] - 1)
 
 
-def align(video: Tensor, video_length: Tensor, audio_length: Tensor, audio_size: int) -> Tensor:
-    """Resample (B, F, D), one vector per frame, to (B, audio_size, D), one per audio position.
-
-    Args:
-        video_length: (B,) valid frames of each row.
-        audio_length: (B,) valid audio positions of each row.
-    """
-    index = nearest_index(video_length, audio_length, audio_size)
+def align(video: Tensor, index: Tensor) -> Tensor:
+    """The vectors of (B, F, D), one per frame, at the (B, T) indices of `nearest_index` -> (B, T, D)."""
     return video.gather(1, repeat(index, "b t -> b t d", d=video.shape[-1]))

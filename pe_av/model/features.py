@@ -1,6 +1,7 @@
 """Run one tower on inputs that are checked first; both models use these functions, so both report the same errors."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from pe_av.config import TextConfig
 from pe_av.model.audio import AudioEncoder
 from pe_av.model.text import ModernBERT
+from pe_av.model.transformer import TemporalTransformer
 from pe_av.model.video import VideoEncoder
 
 
@@ -29,6 +31,24 @@ class Features:
         index = torch.searchsorted(rows, chosen) if len(chosen) else rows.new_zeros(1)
         mask = None if self.mask is None else self.mask[index]
         return Features(self.pooled[index], self.sequence[index], mask, self.attentions)
+
+
+@contextmanager
+def keep_states(towers: Mapping[str, ModernBERT | TemporalTransformer | None]) -> Iterator[dict[str, list[Tensor]]]:
+    """While the context lasts, these transformers put their hidden states into the dict that it gives, by name.
+
+    The transformers are told by an attribute, because what one of them computes passes through several functions, of
+    which none else has a use for hidden states. So no other thread may run the model meanwhile.
+    """
+    kept: dict[str, list[Tensor]] = {}
+    present = {name: tower for name, tower in towers.items() if tower is not None}
+    for name, tower in present.items():
+        tower.states = kept[name] = []
+    try:
+        yield kept
+    finally:
+        for tower in present.values():
+            tower.states = None
 
 
 def text_features(tower: ModernBERT | None, config: TextConfig, input_ids: Tensor, mask: Tensor | None) -> Features:
@@ -130,6 +150,12 @@ def check_combination(inputs: Mapping[str, Tensor]) -> None:
     if any(other != first for other in others):
         counts = ", ".join(f"{len(value)} of {name}" for name, value in given.items())
         raise ValueError(f"inputs of different batch size ({counts}): pair them, or embed each with its get_* method")
+
+
+def check_attentions(wanted: bool, attention: str) -> None:
+    """Raise `ValueError` if attention weights are wanted that this implementation of attention does not have."""
+    if wanted and attention != "eager":
+        raise ValueError(f"attention={attention} keeps no weights: build the model with attention=eager")
 
 
 def _require_tower(tower: nn.Module | None, name: str) -> None:

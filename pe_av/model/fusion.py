@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from pe_av.model.align import align
+from pe_av.model.align import align, nearest_index
 from pe_av.model.transformer import TemporalTransformer
 
 
@@ -28,10 +28,17 @@ class FusionEncoder(nn.Module):
         Returns:
             pooled (B, D), sequence (B, T, D), attention weights per layer (None unless attention="eager").
         """
+        video = align(self.video_proj(video), self.alignment(audio, video, audio_mask, video_mask))
+        joined = self.concat_proj(torch.cat((audio, self.video_norm(video)), dim=-1))
+        return self.transformer(self.data_proj(joined), audio_mask)
+
+    @staticmethod
+    def alignment(
+        audio: Tensor, video: Tensor, audio_mask: Tensor | None = None, video_mask: Tensor | None = None
+    ) -> Tensor:
+        """Arguments as of `forward` -> (B, T), the frame of the video that stands beside each position of the audio."""
         audio_length, video_length = (
             torch.full((x.shape[0],), x.shape[1], device=x.device) if mask is None else mask.sum(1)
             for x, mask in ((audio, audio_mask), (video, video_mask))
         )
-        video = align(self.video_proj(video), video_length, audio_length, audio.shape[1])
-        joined = self.concat_proj(torch.cat((audio, self.video_norm(video)), dim=-1))
-        return self.transformer(self.data_proj(joined), audio_mask)
+        return nearest_index(video_length, audio_length, audio.shape[1])

@@ -75,6 +75,12 @@ class Packing:
         return rearrange(out, "t h d -> 1 h t d")
 
 
+def keep_state(states: list[Tensor] | None, x: Tensor, packing: Packing | None) -> None:
+    """Append hidden states to the list, if there is one, as padded rows."""
+    if states is not None:
+        states.append(x if packing is None else packing.unpack(x))
+
+
 def has_values(mask: Tensor) -> bool:
     """Whether its values can be looked at: not on the meta device, not while shapes alone are traced or compiled."""
     return type(mask) is Tensor and not mask.is_meta and not torch.compiler.is_compiling()

@@ -3,6 +3,7 @@
 What the paper calls audio frames are called positions here: 40 ms each at the published sizes.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from pe_av.config import PEAudioFrameConfig
 from pe_av.model.build import build_audio, build_text, init_linear
-from pe_av.model.features import audio_features, codec_to_features, text_features
+from pe_av.model.features import audio_features, check_attentions, codec_to_features, keep_states, text_features
 from pe_av.model.heads import ContrastiveHead, PairLogits
 from pe_av.model.outputs import PEAudioFrameOutput
+from pe_av.model.summary import Summary, summarize
 from pe_av.model.transformer import use_attention
 
 
@@ -42,6 +44,8 @@ class PEAudioFrame(nn.Module):
         padding_mask: Tensor | None = None,
         codec_features: Tensor | None = None,
         threshold: float = 0.5,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
     ) -> PEAudioFrameOutput:
         """Find the positions of audio i at which what text i describes is heard.
 
@@ -53,6 +57,8 @@ class PEAudioFrame(nn.Module):
             codec_features: (B, positions, codebook_dim) from `audio.encode`, instead of input_values; padding_mask is
                 then (B, positions).
             threshold: a position belongs to a span if its probability is above this.
+            output_attentions: also return the attention weights of each tower; needs a model with attention=eager.
+            output_hidden_states: also return the hidden states of each tower.
         Raises:
             ValueError: an input that the model cannot take, or a threshold outside 0 … 1.
         """
@@ -66,11 +72,14 @@ class PEAudioFrame(nn.Module):
                 f"{len(input_ids)} texts for {len(audio_input)} audio clips: text i is looked for in audio i, so pass "
                 "as many of one as of the other"
             )
-        text = text_features(self.text, self.config.text, input_ids, attention_mask)
-        if codec_features is None:
-            audio = audio_features(self.audio, input_values, padding_mask)
-        else:
-            audio = codec_to_features(self.audio, codec_features, padding_mask)
+        check_attentions(output_attentions, self.config.attention)
+        transformers = {"text": self.text, "audio": self.audio.transformer}
+        with keep_states(transformers) if output_hidden_states else nullcontext() as states:
+            text = text_features(self.text, self.config.text, input_ids, attention_mask)
+            if codec_features is None:
+                audio = audio_features(self.audio, input_values, padding_mask)
+            else:
+                audio = codec_to_features(self.audio, codec_features, padding_mask)
         audio_embeds, text_embeds = self.heads["audio"](audio.sequence), self.heads["text"](text.pooled)
         logits = self.logits(audio_embeds, text_embeds[:, None])[..., 0]
         if audio.mask is not None:
@@ -82,6 +91,8 @@ class PEAudioFrame(nn.Module):
             spans=None if self.training else spans(logits.sigmoid() > threshold, self.seconds_per_position),
             text_last_hidden_state=text.sequence,
             audio_last_hidden_state=audio.sequence,
+            attentions={"text": text.attentions, "audio": audio.attentions} if output_attentions else None,
+            hidden_states=states,
         )
 
     def get_audio_embeds(self, input_values: Tensor, padding_mask: Tensor | None = None) -> Tensor:
@@ -114,6 +125,15 @@ class PEAudioFrame(nn.Module):
         """Number of parameters of each tower and of the heads; works on the meta device too."""
         parts = {"text": self.text, "audio": self.audio, "heads": nn.ModuleList((self.heads, self.logits))}
         return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+
+    def summary(self, seconds: float = 10.0, tokens: int = 32) -> Summary:
+        """Parameters and operations of each tower, as a table, for one recording of this size and one text."""
+
+        def run(model: PEAudioFrame, inputs: dict[str, Tensor]) -> None:
+            model.get_text_embeds(inputs["input_ids"])
+            model.get_audio_embeds(inputs["input_values"])
+
+        return summarize(self, run, seconds, 0, tokens)
 
 
 def spans(active: Tensor, seconds_per_position: float) -> list[list[list[float]]]:

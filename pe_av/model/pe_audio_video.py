@@ -1,6 +1,7 @@
 """PE-AV: audio, video, audio+video and text in one embedding space (arXiv 2512.19687)."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -12,14 +13,17 @@ from pe_av.model.build import build_audio, build_fusion, build_text, build_video
 from pe_av.model.features import (
     Features,
     audio_features,
+    check_attentions,
     check_combination,
     codec_to_features,
     frames_to_features,
+    keep_states,
     text_features,
     video_features,
 )
 from pe_av.model.heads import ContrastiveHead, PairLogits
 from pe_av.model.outputs import PEAudioVideoOutput
+from pe_av.model.summary import Summary, summarize
 from pe_av.model.text import TextBlock
 from pe_av.model.transformer import Block, use_attention
 from pe_av.model.vit import VisionBlock
@@ -71,6 +75,7 @@ class PEAudioVideo(nn.Module):
         return_loss: bool = False,
         loss_weights: dict[str, float] | None = None,
         output_attentions: bool = False,
+        output_hidden_states: bool = False,
     ) -> PEAudioVideoOutput:
         """Embed two or three of text, audio and video, where row i of each belongs to the same clip.
 
@@ -88,6 +93,7 @@ class PEAudioVideo(nn.Module):
             return_loss: also return the sigmoid contrastive loss of every pairing of the embeddings, and their sum.
             loss_weights: weight of each pairing in the sum; 1 for those not named.
             output_attentions: also return the attention weights of each tower; needs a model with attention=eager.
+            output_hidden_states: also return the hidden states of each tower, and the alignment of video with audio.
         Raises:
             ValueError: fewer than two inputs, inputs of different batch size, or an input the model cannot take.
         """
@@ -103,18 +109,16 @@ class PEAudioVideo(nn.Module):
         }
         inputs = {name: value for name, value in inputs.items() if value is not None}
         check_combination(inputs)
-        if output_attentions and self.config.attention != "eager":
-            raise ValueError(
-                f"attention={self.config.attention} keeps no weights: build the model with attention=eager"
-            )
+        check_attentions(output_attentions, self.config.attention)
         for name in loss_weights or {}:
             if name not in PAIRINGS:
                 raise ValueError(f"loss_weights: {name} is not a pairing; known are {', '.join(PAIRINGS)}")
 
-        features = {"text": self._text_features(inputs)} if input_ids is not None else {}
-        features |= self._media_features(inputs)
-        if self.fusion is not None and "audio" in features and "video" in features:
-            features["audio_video"] = self._fuse(features["audio"], features["video"])
+        with keep_states(self._transformers()) if output_hidden_states else nullcontext() as states:
+            features = {"text": self._text_features(inputs)} if input_ids is not None else {}
+            features |= self._media_features(inputs)
+            if self.fusion is not None and "audio" in features and "video" in features:
+                features["audio_video"] = self._fuse(features["audio"], features["video"])
         # the text is embedded only for what it can be compared with here
         heads = [name for name in self.heads if name.removeprefix("text_") in features or not name.startswith("text_")]
         embeds = self._apply_heads(heads, {name: tower.pooled for name, tower in features.items()})
@@ -124,6 +128,11 @@ class PEAudioVideo(nn.Module):
             setattr(out, f"{name}_last_hidden_state", tower.sequence)
         if output_attentions:
             out.attentions = {name: tower.attentions for name, tower in features.items()}
+        if output_hidden_states:
+            out.hidden_states = {name: states[name] for name in features}
+            if "audio_video" in features:
+                audio, video = features["audio"], features["video"]
+                out.alignment = self.fusion.alignment(audio.sequence, video.sequence, audio.mask, video.mask)
         for pairing, pair_logits in self.logits.items():
             left, right = PAIRINGS[pairing]
             if left in embeds and right in embeds:
@@ -259,6 +268,10 @@ class PEAudioVideo(nn.Module):
         parts["heads"] = nn.ModuleList((self.heads, self.logits))
         return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
+    def summary(self, seconds: float = 10.0, frames: int = 16, tokens: int = 32) -> Summary:
+        """Parameters and operations of each tower, as a table, for all embeddings of one clip of this size."""
+        return summarize(self, PEAudioVideo.embed, seconds, frames, tokens)
+
     def _embed_one(self, name: str, **inputs: tuple[Tensor, Tensor | None]) -> Tensor:
         """The embedding `name` (B, D); `inputs` are the modalities that it is made from, each with its mask."""
         if name not in self.heads:
@@ -276,6 +289,11 @@ class PEAudioVideo(nn.Module):
         if name == "audio_video":
             features["audio_video"] = self._fuse(features["audio"], features["video"])
         return self._apply_heads([name], {tower: value.pooled for tower, value in features.items()})[name]
+
+    def _transformers(self) -> dict[str, nn.Module | None]:
+        """By the names of the features that they compute; None: a tower that the model lacks."""
+        over_time = {"audio": self.audio, "video": self.video, "audio_video": self.fusion}
+        return {"text": self.text} | {name: part and part.transformer for name, part in over_time.items()}
 
     def _text_features(self, inputs: Mapping[str, Tensor]) -> Features:
         return text_features(self.text, self.config.text, inputs["input_ids"], inputs.get("attention_mask"))

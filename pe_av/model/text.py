@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from pe_av.model.packing import Packing, packing_of, without_full
+from pe_av.model.packing import Packing, keep_state, packing_of, without_full
 from pe_av.model.transformer import ACTIVATION, at_least_float32, attend
 
 
@@ -84,6 +84,7 @@ class ModernBERT(nn.Module):
         attention: str,
     ):
         super().__init__()
+        self.states: list[Tensor] | None = None  # where `forward` puts hidden states: see `features.keep_states`
         self.reach, self.nth, self.head_dim = local_attention // 2, nth_text_layer, hidden_size // num_attention_heads
         self.rope_theta = {True: global_rope_theta, False: local_rope_theta}  # of global and of local layers
         self.embedding = nn.Embedding(vocab_size, hidden_size)
@@ -133,7 +134,9 @@ class ModernBERT(nn.Module):
             x, angles = packing.pack(x), {kind: packing.pack(a[None])[0] for kind, a in angles.items()}
             masks = {True: packing, False: replace(packing, reach=self.reach)}
         weights = []
+        keep_state(self.states, x, packing)
         for layer in self.layers[: self.nth]:
             x, layer_weights = layer(x, angles[layer.is_global], masks[layer.is_global])
             weights.append(layer_weights)
+            keep_state(self.states, x, packing)
         return x if packing is None else packing.unpack(x), weights

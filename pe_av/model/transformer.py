@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from pe_av.config import RopeConfig
-from pe_av.model.packing import Packing, packing_of, without_full
+from pe_av.model.packing import Packing, keep_state, packing_of, without_full
 
 ACTIVATION = {
     "silu": F.silu,
@@ -208,6 +208,7 @@ class TemporalTransformer(nn.Module):
     ):
         super().__init__()
         self.head_dim, self.rope, self.max_position = head_dim, rope, max_position_embeddings
+        self.states: list[Tensor] | None = None  # where `forward` puts hidden states: see `features.keep_states`
         self.class_token = nn.Parameter(torch.empty(1, 1, hidden_size))
         self.conv_blocks = nn.ModuleList(MaskedConvBlock(hidden_size) for _ in range(2))
         self.layers = nn.ModuleList(
@@ -264,9 +265,11 @@ class TemporalTransformer(nn.Module):
         if packing is not None:
             x, angles, attend_to = packing.pack(x), packing.pack(angles), packing
         weights = []
+        keep_state(self.states, x, packing)
         for layer in self.layers:
             x, layer_weights = layer(x, angles, attend_to)
             weights.append(layer_weights)
+            keep_state(self.states, x, packing)
         x = self.output(self.norm(x))
         if packing is not None:
             x = packing.unpack(x)
