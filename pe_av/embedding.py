@@ -45,7 +45,7 @@ def embed_items(
         MediaError: an audio or video that cannot be used; the message has the item's number.
     """
     if not isinstance(model, PEAudioVideo):
-        raise ValueError(f"embed_items is for PEAudioVideo; {type(model).__name__} embeds positions: call it on batches")
+        raise ValueError(f"embed_items is for PEAudioVideo; a {type(model).__name__} embeds positions: call it")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} is not positive")
     for index, item in enumerate(items):

@@ -155,7 +155,7 @@ def test_a_bad_item_is_named(model: PEAudioVideo, processor: Processor, item: An
 def test_other_models_and_sizes_are_refused(model: PEAudioVideo, processor: Processor):
     config = small_config()
     frame = PEAudioFrame(PEAudioFrameConfig(text=config.text, audio=config.audio, output_dim=28))
-    with pytest.raises(ValueError, match="embed is for PEAudioVideo; PEAudioFrame embeds positions"):
+    with pytest.raises(ValueError, match="embed_items is for PEAudioVideo; a PEAudioFrame embeds positions"):
         embed_items(frame, processor, [{"text": "rain"}])
     with pytest.raises(ValueError, match="batch_size=0 is not positive"):
         embed_items(model, processor, [{"text": "rain"}], batch_size=0)
