@@ -2,20 +2,12 @@
 and convert.py of a checkout are its first three."""
 
 import sys
+from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
+from runpy import run_module
 
 from pe_av.config import ConvertConfig, EvalConfig, TrainConfig, nearest
 from pe_av.config.compose import run_command
-
-# name -> the function, which takes its arguments from sys.argv; and what it does
-COMMANDS = {
-    "train": ("pe_av.commands:train", "train a model"),
-    "eval": ("pe_av.commands:evaluate", "zero-shot retrieval with a checkpoint"),
-    "convert": ("pe_av.commands:convert", "convert a published checkpoint to our format, or ours to theirs"),
-    "embed": ("pe_av.embed:main", "embed a manifest's clips, or files, into a folder"),
-    "search": ("pe_av.search:main", "search such a folder"),
-}
 
 
 def main() -> None:
@@ -28,7 +20,7 @@ def main() -> None:
     if name not in COMMANDS:
         sys.exit(f"error: pe-av has no command {name}{nearest(name, COMMANDS)}")
     sys.argv[:2] = [f"pe-av {name}"]
-    resolve_name(COMMANDS[name][0])()
+    COMMANDS[name][0]()
 
 
 def train() -> None:
@@ -73,6 +65,18 @@ def _convert(config: ConvertConfig, _: Path) -> None:
     from pe_av.conversion.write_checkpoint import convert
 
     convert(config.source, config.target, config.to)
+
+
+_run = partial(run_module, run_name="__main__", alter_sys=True)  # as `python -m` does
+
+# name -> what runs it with the arguments in sys.argv, and what it does
+COMMANDS = {
+    "train": (train, "train a model"),
+    "eval": (evaluate, "zero-shot retrieval with a checkpoint"),
+    "convert": (convert, "convert a published checkpoint to our format, or ours to theirs"),
+    "embed": (partial(_run, "pe_av.embed"), "embed a corpus into a folder"),
+    "search": (partial(_run, "pe_av.search"), "search such a folder"),
+}
 
 
 if __name__ == "__main__":
