@@ -1,20 +1,10 @@
-"""Convert a checkpoint: `python convert.py source=DIR target=DIR [to=native|hf]`.
+"""Convert a checkpoint: `python convert.py source=DIR target=DIR [to=native|hf]`, or `pe-av convert`.
 
 The source's format is recognized by its contents. `source` may also be a name on the Hugging Face hub, such as
 facebook/pe-av-large.
 """
 
-from pathlib import Path
-
-from pe_av.config import ConvertConfig
-from pe_av.config.compose import run_command
-
-
-def run(config: ConvertConfig, _: Path) -> None:
-    from pe_av.conversion.write_checkpoint import convert
-
-    convert(config.source, config.target, config.to)
-
+from pe_av.commands import convert
 
 if __name__ == "__main__":
-    run_command(ConvertConfig, "convert", run)
+    convert()

@@ -149,7 +149,7 @@ class PartWriter:
         config = plan.config
         towers = {tower for name in plan.names for tower in HEADS[name]}
         self.model = load_model(config.checkpoint, device, towers=sorted(towers))
-        self.processor = Processor.from_pretrained(config.checkpoint)
+        self.processor = Processor.from_pretrained(config.checkpoint, config.data.reader)
         self.collate = Collate(self.processor, (None,) if "text" in towers else (), least=1)
         self.read = reader_for(config.data, self.model, self.processor)
         if config.data.cache is None:

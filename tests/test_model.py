@@ -550,7 +550,7 @@ def test_weights_start_normal_with_the_spread_of_their_part():
             assert torch.equal(parameter, torch.full_like(parameter, "bias" not in name)), name
             continue
         std = spread[max((prefix for prefix in spread if name.startswith(prefix)), key=len)]
-        assert kstest(parameter.detach().flatten(), "norm", args=(0, std)).pvalue > 1e-6, name
+        assert kstest(parameter.detach().flatten().numpy(), "norm", args=(0, std)).pvalue > 1e-6, name
         tested += 1
     assert tested > 80
 
@@ -570,5 +570,5 @@ def test_codec_alone_and_in_the_model_start_alike():
     for name, parameter in model.audio.codec.named_parameters():
         if name.endswith("conv1.weight"):
             fan_in = parameter[0].numel()
-            assert kstest(parameter.detach().flatten(), "norm", args=(0, fan_in**-0.5)).pvalue > 1e-6, name
+            assert kstest(parameter.detach().flatten().numpy(), "norm", args=(0, fan_in**-0.5)).pvalue > 1e-6, name
     assert isinstance(model.audio.codec, CodecEncoder)

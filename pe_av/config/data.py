@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from pe_av.config.checks import as_yaml, one_of, require
 
+READERS = ("pyav", "decord", "torchcodec")
+
 
 @dataclass
 class DemoConfig:
@@ -64,6 +66,8 @@ class DataConfig:
     max_seconds: float = 30.0  # Clips that are longer than this many seconds are cut to their beginning.
     # Train on another random section of such a clip in every epoch, if the manifest says how long the clip is.
     random_crop: bool = False
+    # What decodes the frames of ordinary files: pyav | decord | torchcodec, two optional packages (media/readers.py).
+    reader: str = "pyav"
     in_memory: bool = False  # Decode every file once, before training, and keep the result; for small sets.
     num_workers: int = 2  # Processes that decode while the model trains; 0: decode in the training process.
     # Seconds that a worker may take for one clip. After that it is replaced, and the clip counts as damaged.
@@ -74,6 +78,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.max_seconds > 0, f"data.max_seconds={self.max_seconds} is not positive")
+        one_of("data.reader", self.reader, READERS)
         require(self.num_workers >= 0, f"data.num_workers={self.num_workers} is negative")
         require(self.time_limit > 0, f"data.time_limit={self.time_limit} is not positive")
         require(

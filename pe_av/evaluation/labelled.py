@@ -61,7 +61,7 @@ def load_for_labels(config: LabelledConfig, device: torch.device, prompts: bool)
             f"{config.checkpoint}: its model has only the embeddings {', '.join(model.config.heads)}, of which none "
             f"can be {'compared with a text of its own' if prompts else 'classified'}"
         )
-    return model, Processor.from_pretrained(config.checkpoint)
+    return model, Processor.from_pretrained(config.checkpoint, config.data.reader)
 
 
 def model_modalities(model: PEAudioVideo, prompts: bool) -> list[str]:

@@ -40,7 +40,7 @@ def evaluate(config: EvalConfig, folder: Path, device: torch.device) -> Evaluati
         raise ConfigError(
             f"{config.checkpoint} is a PEAudioFrame, which has no embedding of a whole clip to retrieve with"
         )
-    processor = Processor.from_pretrained(config.checkpoint)
+    processor = Processor.from_pretrained(config.checkpoint, config.data.reader)
     clips = open_manifest(config.data, "eval")
     folder.mkdir(parents=True, exist_ok=True)
     read = reader_for(config.data, model, processor)

@@ -16,6 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from pe_av.media.readers import read_by
 from pe_av.media.timeline import read_timeline, sample_stamps
 from pe_av.media.tracks import MediaError, Track, check_positive, check_segment, open_track
 
@@ -30,6 +31,7 @@ def iter_frames(
     max_seconds: float | None = None,
     start: float = 0.0,
     end: float | None = None,
+    reader: str = "pyav",
 ) -> Iterator[Tensor]:
     """The frames of a video file or of a segment of it, upright, in RGB and at the file's own size.
 
@@ -40,6 +42,7 @@ def iter_frames(
         start, end: the segment, in seconds on the file's clock; end None: to the end of the file. Its frames are all
             that are on screen in it, so the first is the one on screen at `start`. It is found by seeking where the
             format allows it.
+        reader: what decodes the frames of an ordinary file: pyav, decord or torchcodec; see `readers`.
     Yields:
         (F, 3, H, W) uint8, with F at most `CHUNK`, so that a long video need not fit into memory at its own size.
     Raises:
@@ -51,7 +54,8 @@ def iter_frames(
     if num_frames is not None and frames_per_second is not None:
         raise ValueError("num_frames and frames_per_second are two ways to sample: give one of them")
     timeline = read_timeline(source, start, end, max_seconds)
-    frames = _read_frames(source, sample_stamps(source, timeline, num_frames, frames_per_second), timeline.keyframes)
+    stamps = sample_stamps(source, timeline, num_frames, frames_per_second)
+    frames = _read_frames(source, stamps, timeline.keyframes, reader)
     shape = None
     for first in frames:
         chunk = [first, *islice(frames, min(CHUNK, max(CHUNK_BYTES // first.nbytes, 1)) - 1)]
@@ -64,9 +68,16 @@ class _ShortcutError(Exception):
     """A frame that the packets promise did not arrive after a shortcut."""
 
 
-def _read_frames(source: str | Path, stamps: list[int], keyframes: list[int]) -> Iterator[np.ndarray]:
+def _read_frames(source: str | Path, stamps: list[int], keyframes: list[int], reader: str) -> Iterator[np.ndarray]:
     """The (H, W, 3) frame for each timestamp; timestamps ascend and may repeat."""
     done = 0
+    if reader != "pyav":
+        for frame in read_by(reader, source, stamps):
+            done += 1
+            yield frame
+        stamps, done = stamps[done:], 0
+        if not stamps:
+            return
     try:
         for frame in _decode_stamps(source, stamps, keyframes, shortcuts=True):
             done += 1

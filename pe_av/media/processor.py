@@ -24,6 +24,7 @@ from pe_av.device import to_device
 from pe_av.media.audio import pad_to_hops, read_audio, resample
 from pe_av.media.frames import CHUNK, iter_frames
 from pe_av.media.inputs import MAX_RATE, MIN_RATE, to_frames, to_rate, to_waveform
+from pe_av.media.readers import check_reader
 from pe_av.media.timeline import spread_indices
 from pe_av.media.tokenizer import read_tokenizer
 from pe_av.media.tracks import MediaError, check_segment
@@ -57,10 +58,17 @@ class Processor:
     Args:
         config: the model's; it determines rates, sizes, frame sampling, vocabulary and the longest caption.
         tokenizer: only needed for text. It is copied, so its own truncation and padding neither matter nor change.
+        reader: what decodes the frames of ordinary files: pyav, decord or torchcodec; see `readers`.
+    Raises:
+        ConfigError: this reader is not installed.
     """
 
-    def __init__(self, config: ModelConfig | PEAudioFrameConfig, tokenizer: Tokenizer | None = None):
+    def __init__(
+        self, config: ModelConfig | PEAudioFrameConfig, tokenizer: Tokenizer | None = None, reader: str = "pyav"
+    ):
+        check_reader(reader)
         self.config = config
+        self.reader = reader
         self.tokenizer = tokenizer
         self._encoder = None
         if tokenizer is not None:
@@ -69,13 +77,13 @@ class Processor:
             self._encoder.no_padding()
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> "Processor":
+    def from_pretrained(cls, path: str | Path, reader: str = "pyav") -> "Processor":
         """The processor of a checkpoint folder, from its `config.yaml` and, if there is one, its `tokenizer.json`.
 
         Args:
             path: the folder, or a name on the hub, "hf:user/name", as `load_model` takes it.
         Raises:
-            ConfigError: `config.yaml` is missing or wrong.
+            ConfigError: `config.yaml` is missing or wrong, or the reader of frames is not installed.
             ValueError: `tokenizer.json` is not a tokenizer.
         """
         from pe_av.checkpoint import checkpoint_folder  # a download also converts, for which this module is needed
@@ -84,7 +92,7 @@ class Processor:
         if not path.is_dir():
             raise ConfigError(f"{path}: no such folder; give that of a checkpoint, such as runs/<date>/checkpoint")
         config = read_model_config(path / "config.yaml")
-        return cls(config, read_tokenizer(path) if (path / "tokenizer.json").exists() else None)
+        return cls(config, read_tokenizer(path) if (path / "tokenizer.json").exists() else None, reader)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the tokenizer, if there is one, to `tokenizer.json` in a folder; the model writes `config.yaml`."""
@@ -223,7 +231,8 @@ class Processor:
             raise ValueError("PEAudioFrame reads only text and audio: leave videos= out")
         config = self.config.video
         if isinstance(video, str | Path):
-            chunks = iter_frames(video, config.num_frames, config.frames_per_second, max_seconds, start, end)
+            sampling = (config.num_frames, config.frames_per_second)
+            chunks = iter_frames(video, *sampling, max_seconds, start, end, self.reader)
         else:
             frames = to_frames(video)
             if config.num_frames is not None:

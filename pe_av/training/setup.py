@@ -66,7 +66,7 @@ def prepare_model(
     if not isinstance(model, PEAudioVideo):
         raise ConfigError(f"{config.checkpoint} is a PEAudioFrame: python -m pe_av.training.frame trains it")
     if config.checkpoint is not None:
-        return model, Processor.from_pretrained(config.checkpoint)
+        return model, Processor.from_pretrained(config.checkpoint, config.data.reader)
     if config.lora.rank or config.optim.freeze:
         console.print("note: without checkpoint= what is frozen keeps its random weights, or those of init.*")
     if rank() == 0:
@@ -78,7 +78,7 @@ def prepare_model(
         words = read_tokenizer(config.init.text)
     else:
         words = tokenizer_of_rank_0(clips.texts, config.model.text.vocab_size)
-    processor = Processor(config.model, words)
+    processor = Processor(config.model, words, config.data.reader)
     if rank() == 0 and not config.model.audio.codec.trainable and config.init.codec is None:
         read: Callable[[Any], dict[str, Any]] = ClipReader(processor, config.data.max_seconds)
         items = map(read, clips)
