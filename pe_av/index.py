@@ -20,6 +20,7 @@ Everything that knows Arrow reads the parts, such as polars, DuckDB and pandas. 
 
 import json
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -155,19 +156,17 @@ def _values(part: pa.RecordBatch, name: str) -> np.ndarray:
 
 def list_bad(folder: Path) -> None:
     """Write bad_items.jsonl, from the parts that are finished."""
-    unfinished = folder / "bad_items.jsonl.tmp"
-    count = 0
-    with unfinished.open("w", encoding="utf-8") as file:
-        for path in sorted(folder.glob("part-*.arrow")):
-            part = _read_part(path)
-            for name, error in zip(part["id"].to_pylist(), part["error"].to_pylist(), strict=True):
-                if error is not None:
-                    file.write(json.dumps({"id": name, "error": error}) + "\n")
-                    count += 1
-    if count:
+    lines = [
+        json.dumps({"id": name, "error": error}) + "\n"
+        for path in sorted(folder.glob("part-*.arrow"))
+        for name, error in zip(*(_read_part(path)[column].to_pylist() for column in ("id", "error")), strict=True)
+        if error is not None
+    ]
+    if lines:
+        # a name of its own, because several ranks may write it at the same time
+        unfinished = folder / f"bad_items.{socket.gethostname()}-{os.getpid()}.tmp"
+        unfinished.write_text("".join(lines), encoding="utf-8")
         os.replace(unfinished, folder / "bad_items.jsonl")
-    else:
-        unfinished.unlink()
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

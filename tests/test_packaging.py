@@ -44,8 +44,9 @@ def test_the_wheel_holds_the_package_and_its_configs(wheel: Path):
     ],
 )
 def test_the_console_command_does_what_the_scripts_do(tmp_path: Path, script: str, arguments: list[str]):
-    ours = Command(tmp_path, "pe_av.commands", script.removesuffix(".py"), *arguments).wait()
-    theirs = Command(tmp_path, script, *arguments).wait()
+    ours = Command(tmp_path / "ours", "pe_av.commands", script.removesuffix(".py"), *arguments)
+    theirs = Command(tmp_path / "theirs", script, *arguments).wait()
+    ours.wait()
     assert (ours.returncode, ours.stdout, ours.stderr) == (theirs.returncode, theirs.stdout, theirs.stderr)
     assert theirs.stdout or theirs.stderr
 
