@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.growing import CPU, PARTS, Point, exponent, grow, series
-from benchmarks.peer import RESULTS, PeakMemory, apart, checkpoints, chip, save
+from benchmarks.peer import RESULTS, PeakMemory, apart, checkpoints, chip, save, saved
 from pe_av.config import HEADS, PAIRINGS, LossConfig
 from pe_av.config.compose import load_preset
 from pe_av.evaluation.ranking import retrieval_ranks
@@ -175,6 +175,8 @@ def main() -> None:
             rows = [measure(curve, options.preset, folders, options.seconds) for curve in curves]
     else:
         rows = [measure(curve, options.preset, None, options.seconds) for curve in curves]
+    measured = {row["curve"]: row for row in [*saved("curves", {"preset": options.preset}, CPU), *rows]}
+    rows = [measured[curve] for curve in SIZES if curve in measured]  # also of what was measured before
     save("curves", rows, {"preset": options.preset}, CPU)
     draw(rows, f"{options.preset} on {chip(CPU)}, float32", RESULTS / "curves_cpu.svg")
 

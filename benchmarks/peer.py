@@ -288,18 +288,31 @@ def chip(device: torch.device) -> str:
     return f"{name} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
 
 
+def saved(subject: str, setting: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
+    """The rows that benchmarks/results/SUBJECT_DEVICE.json has of a setting on this chip."""
+    key = {"chip": chip(device), **setting}
+    return next((entry["rows"] for entry in _entries(subject, device) if _setting(entry) == key), [])
+
+
 def save(subject: str, rows: list[dict[str, Any]], setting: dict[str, Any], device: torch.device) -> None:
     """Into benchmarks/results/SUBJECT_DEVICE.json, in the place of what was measured in the same setting before."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{subject}_{device.type}.json"
-    known = json.loads(path.read_text()) if path.is_file() else []
     key = {"chip": chip(device), **setting}
-    facts = {"date", "torch", "rows"}
-    known = [entry for entry in known if {name: entry[name] for name in entry.keys() - facts} != key]
+    known = [entry for entry in _entries(subject, device) if _setting(entry) != key]
     entry = key | {"date": str(date.today()), "torch": torch.__version__, "rows": rows}
     unfinished = path.with_suffix(f".{os.getpid()}")  # renamed when it is whole, so that no interruption leaves half
     unfinished.write_text(json.dumps([*known, entry], indent=1) + "\n")
     unfinished.replace(path)
+
+
+def _entries(subject: str, device: torch.device) -> list[dict[str, Any]]:
+    path = RESULTS / f"{subject}_{device.type}.json"
+    return json.loads(path.read_text()) if path.is_file() else []
+
+
+def _setting(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: entry[name] for name in entry.keys() - {"date", "torch", "rows"}}
 
 
 def report(subject: str, rows: list[dict[str, Any]], setting: dict[str, Any], device: torch.device) -> None:
