@@ -8,7 +8,7 @@ parts: a part is always computed by one process alone, so that its embeddings do
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,22 @@ from pe_av.config.compose import read_model_config, run_command
 from pe_av.data.cache import reader_for
 from pe_av.data.clips import open_manifest
 from pe_av.data.files import find_clips
-from pe_av.data.manifest import Clip, Modality
+from pe_av.data.manifest import Clip, Manifest, Modality
 from pe_av.device import pick_device, precision_context, to_device
 from pe_av.evaluation.labelled import TracksReader
 from pe_av.evaluation.setting import evaluation_setting
 from pe_av.evaluation.windows import windowed
-from pe_av.index import RECORD, Index, list_bad, part_count, part_path, read_record, write_part, write_record
+from pe_av.index import RECORD, list_bad, part_count, part_path, read_record, write_part, write_record
 from pe_av.loading.bad_items import FEWEST_JUDGED
 from pe_av.loading.batch import Collate
 from pe_av.loading.loader import Loader
 from pe_av.loading.sampler import BatchSampler
 from pe_av.loading.split import split_batch
 from pe_av.media.processor import Processor
+from pe_av.media.tracks import source_path
 from pe_av.ranks import of_rank_0, process_group, rank
 
+SIZES_KEPT = 100  # files whose sizes index.json keeps
 # of what index.json records, what may differ when the rest of the parts is computed: it changes nothing but rounding
 _MAY_DIFFER = ("device", "pe_av", "torch", "checkpoint", "source")
 
@@ -70,6 +72,8 @@ def make_plan(config: EmbedConfig, device: torch.device) -> Plan:
         ConfigError: there is nothing to embed, the model lacks an embedding that is asked for, or the target holds the
             embeddings of other clips, of another checkpoint or with other settings.
     """
+    if not Path(config.checkpoint).is_dir():
+        raise ConfigError(f"checkpoint={config.checkpoint}: no such folder; give one such as runs/<date>/checkpoint")
     model = read_model_config(Path(config.checkpoint) / "config.yaml")
     if isinstance(model, PEAudioFrameConfig):
         raise ConfigError(f"{config.checkpoint} is a PEAudioFrame, which has no embedding of a whole clip")
@@ -87,7 +91,10 @@ def make_plan(config: EmbedConfig, device: torch.device) -> Plan:
     possible = [name for name in model.heads if set(HEADS[name]) <= inputs]
     for name in config.embeddings or ():
         if name not in possible:
-            raise ConfigError(f"embeddings={name}: neither of the clips nor of the model is there what it is made of")
+            lacking = ", ".join(sorted(set(HEADS[name]) - inputs))
+            raise ConfigError(
+                f"embeddings={name}: the clips have no {lacking}, or the checkpoint has no tokenizer for it"
+            )
     names = config.embeddings or possible
     record = {
         "rows": len(windows),
@@ -98,16 +105,33 @@ def make_plan(config: EmbedConfig, device: torch.device) -> Plan:
         "source": config.source or config.data.eval,
     }
     folder = Path(config.target)
-    known = of_rank_0(read_record(folder) if rank() == 0 else None)
+    known, sizes = of_rank_0((read_record(folder), _sizes(clips)) if rank() == 0 else None)
     for name, value in record.items() if known is not None else ():
         if name not in _MAY_DIFFER and known.get(name) != value:
             raise ConfigError(
                 f"{folder / RECORD}: the embeddings there have {name}={known.get(name)}, now it is {value}; go on with "
                 "the settings, the checkpoint and the clips that it was begun with, or give another target"
             )
+    for name, size in sizes.items() if known is not None else ():
+        before = known.get("sizes", {}).get(name)
+        if None not in (size, before) and size != before:
+            raise ConfigError(
+                f"{folder / RECORD}: {name} had {before:,} bytes when it was begun, and now has {size:,}: go on "
+                "with the same files, or give another target"
+            )
     if known is None and rank() == 0:
-        write_record(folder, record)
+        write_record(folder, {**record, "sizes": sizes})
     return Plan(config, windows, names, record)
+
+
+def _sizes(clips: Manifest) -> dict[str, int | None]:
+    """The bytes of some clips' files, evenly spread from the first to the last, to tell files of the same name apart;
+    None for those that are not there."""
+    found: dict[str, int | None] = {}
+    for row in np.unique(np.linspace(0, len(clips) - 1, SIZES_KEPT).astype(int)).tolist():
+        file = source_path(clips[row].video or clips[row].audio or "")
+        found[clips[row].id] = os.path.getsize(file) if os.path.isfile(file) else None
+    return found
 
 
 @dataclass
@@ -198,14 +222,14 @@ class PartWriter:
         """Yields after every batch; the part is written after the last."""
         clips = [self.plan.clips[row] for row in self.plan.rows(part)]
         rows = [_row(clip) for clip in clips]
-        places = {clip.id: place for place, clip in enumerate(clips)}
+        first = self.plan.rows(part).start
         embeds = {
             name: np.zeros((len(clips), width), np.float32) for name, width in self.plan.record["embeddings"].items()
         }
         valid = {name: np.zeros(len(clips), bool) for name in embeds}
         for start in range(0, len(clips), self.plan.config.batch_size):
             batch = next(batches)
-            at = np.array([places[name] for name in batch["ids"]], np.int64)
+            at = np.array([int(row) - first for row in batch["ids"]], np.int64)
             begin = time.perf_counter()
             for name, values in self._embed(batch).items():
                 has = batch["valid"][name].numpy()
@@ -216,7 +240,7 @@ class PartWriter:
             throughput.model += time.perf_counter() - begin
             for note, key in (("bad", "error"), ("partial", "partial"), ("cut", "cut")):
                 for item in batch[note]:
-                    rows[places[item["id"]]][key] = item["seconds"] if note == "cut" else item["error"]
+                    rows[int(item["id"]) - first][key] = item["seconds"] if note == "cut" else item["error"]
             done = rows[start : start + self.plan.config.batch_size]
             throughput.rows += len(done)
             throughput.bad += sum("error" in row for row in done)
@@ -249,7 +273,7 @@ class PartWriter:
 
 
 class _Rows(Sequence[Clip]):
-    """Some rows of the clips, each made when it is asked for."""
+    """Some rows of the clips, each made when it is asked for, with the number of its row as its id."""
 
     def __init__(self, clips: Sequence[Clip], rows: Sequence[int]):
         self.clips, self.rows = clips, rows
@@ -258,7 +282,7 @@ class _Rows(Sequence[Clip]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Clip:
-        return self.clips[self.rows[index]]
+        return replace(self.clips[self.rows[index]], id=str(self.rows[index]))
 
 
 def _row(clip: Clip) -> dict[str, Any]:
@@ -281,14 +305,14 @@ def embed_corpus(config: EmbedConfig, _: Path | None = None) -> None:
     # from here on, no rank waits for another
     parts = missing[int(os.environ.get("RANK", "0")) :: int(os.environ.get("WORLD_SIZE", "1"))]
     console = Console(stderr=True)
-    if parts:
-        try:
+    try:
+        if parts:
             throughput = PartWriter(plan, device).write(parts, shows_progress=os.environ.get("RANK", "0") == "0")
-        finally:
-            list_bad(plan.folder)
-        console.print(throughput.line(config.data.num_workers), soft_wrap=True)
-    index = Index(plan.folder)
-    state = f"{len(index):,} rows" if not index.missing else f"{index.missing} parts are still missing"
+            console.print(throughput.line(config.data.num_workers), soft_wrap=True)
+    finally:
+        list_bad(plan.folder)
+    missing = plan.missing()
+    state = f"{len(missing)} parts are still missing" if missing else f"{len(plan.clips):,} rows"
     console.print(f"{state}: {plan.folder}", soft_wrap=True)
 
 

@@ -48,6 +48,8 @@ def embed_items(
         raise ValueError(f"embed_items is for PEAudioVideo; a {type(model).__name__} embeds positions: call it")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} is not positive")
+    if isinstance(items, Mapping | str):
+        raise ValueError(f'items is of type {type(items).__name__}; pass a list of dicts such as [{{"text": "a dog"}}]')
     for index, item in enumerate(items):
         _check(index, item)
 

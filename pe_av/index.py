@@ -108,6 +108,11 @@ class Index:
         """The names of the embeddings that it has, such as "audio"."""
         return [name.removesuffix(SUFFIX) for name in self.parts[0].schema.names if name.endswith(SUFFIX)]
 
+    def count(self, name: str) -> int:
+        """How many rows have an embedding."""
+        self.check(name)
+        return sum(len(part) - part.column(name + SUFFIX).null_count for part in self.parts)
+
     def table(self) -> pa.Table:
         """All rows and columns, without copying them."""
         return pa.Table.from_batches(self.parts)
@@ -162,7 +167,9 @@ def list_bad(folder: Path) -> None:
         for name, error in zip(*(_read_part(path)[column].to_pylist() for column in ("id", "error")), strict=True)
         if error is not None
     ]
-    if lines:
+    if not lines:
+        (folder / "bad_items.jsonl").unlink(missing_ok=True)
+    else:
         # a name of its own, because several ranks may write it at the same time
         unfinished = folder / f"bad_items.{socket.gethostname()}-{os.getpid()}.tmp"
         unfinished.write_text("".join(lines), encoding="utf-8")
@@ -190,7 +197,15 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write index.json.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"target={folder}: no folder can be made there ({error.strerror}); give another") from None
     unfinished = folder / f"{RECORD}.tmp"
     unfinished.write_text(json.dumps({"format": FORMAT, **record}, indent=1) + "\n", encoding="utf-8")
     os.replace(unfinished, folder / RECORD)

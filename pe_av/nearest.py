@@ -72,13 +72,17 @@ def make_approximate(index: Index, name: str) -> Path:
     """Write the approximate index of an embedding: inverted lists (IVF) of vectors in 8 bits per value.
 
     Raises:
-        ConfigError: faiss is not installed, or there are too few rows for it to be of use.
+        ConfigError: faiss is not installed, the index is not finished, or too few rows have the embedding.
     """
     faiss = _faiss()
-    width, rows = index.record["embeddings"][name], len(index)
+    width, rows = index.record["embeddings"][name], index.count(name)
     lists = 4 * int(rows**0.5)
+    if index.missing:
+        raise ConfigError(
+            f"{index.folder}: {index.missing} parts are missing; finish it with python -m pe_av.embed first"
+        )
     if rows < SAMPLE * 4:
-        raise ConfigError(f"{index.folder}: has only {rows} rows, which are searched faster without another index")
+        raise ConfigError(f"{index.folder}: only {rows} rows have {name}, which are searched faster without faiss")
     made = faiss.index_factory(width, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
     step = max(rows // (SAMPLE * lists), 1)
     sample = [values[has][::step] for _, values, has in index.blocks(name, BLOCK_ROWS)]
@@ -95,30 +99,36 @@ def make_approximate(index: Index, name: str) -> Path:
 def nearest_approximately(
     index: Index, name: str, queries: np.ndarray, top: int, allowed: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As `nearest`, among the rows that faiss takes for the nearest. Missing ones are rows −1, with a score of −inf.
+    """As `nearest`, but among the rows that faiss takes for the nearest. Where at most a tenth of the rows is allowed,
+    or where faiss finds too few, the search is exact.
 
     Raises:
-        ConfigError: there is no approximate index of this embedding, or it is older than the index.
+        ConfigError: there is no approximate index of this embedding, or it was made of another state of the index.
     """
     _check_width(index, name, queries)
     faiss, path = _faiss(), approximate_path(index, name)
     if not path.exists():
         raise ConfigError(f"{path}: no such file; python -m pe_av.nearest {index.folder} {name} makes it")
     made = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
-    if made.d != queries.shape[1] or made.ntotal > len(index):
-        raise ConfigError(f"{path}: made of another index; delete it, and make it again")
+    if made.d != queries.shape[1] or made.ntotal != index.count(name) or index.missing:
+        raise ConfigError(f"{path}: made of another state of the index; python -m pe_av.nearest makes it again")
+    possible = made.ntotal if allowed is None else int(allowed.sum())
+    if allowed is not None and possible * 10 <= len(index):
+        return nearest(index, name, queries, top, allowed)
     settings: dict[str, Any] = {"nprobe": PROBED}
     if allowed is not None:
         settings["sel"] = faiss.IDSelectorBatch(np.flatnonzero(allowed))
     queries = np.ascontiguousarray(queries, np.float32)
     _, found = made.search(queries, top * CANDIDATES, params=faiss.SearchParametersIVF(**settings))
-    scores = np.full((len(queries), top), -np.inf, np.float32)
-    rows = np.full((len(queries), top), -1, np.int64)
+    top = min(top, possible)
+    scores, rows = np.empty((len(queries), top), np.float32), np.empty((len(queries), top), np.int64)
     for query, candidates in enumerate(found):
         candidates = np.sort(candidates[candidates >= 0])
+        if len(candidates) < top:
+            return nearest(index, name, queries, top, allowed)
         exact = index.vectors(name, candidates) @ queries[query]
         order = np.argsort(-exact, kind="stable")[:top]
-        scores[query, : len(order)], rows[query, : len(order)] = exact[order], candidates[order]
+        scores[query], rows[query] = exact[order], candidates[order]
     return scores, rows
 
 

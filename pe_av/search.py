@@ -129,8 +129,7 @@ class Searcher:
             logits = self.model.logits[pairing]
             logit = logits.scale.item() * torch.from_numpy(scores[0]) + logits.bias.item()
             probabilities = logit.sigmoid().tolist()
-        count = int((rows[0] >= 0).sum())
-        about = self.index.rows().take(pa.array(rows[0, :count])).to_pylist()
+        about = self.index.rows().take(pa.array(rows[0])).to_pylist()
         return [
             Hit(
                 rank=place + 1,
@@ -255,6 +254,8 @@ def main() -> None:
     try:
         if options.top < 1:
             raise ConfigError(f"--top {options.top} is not positive")
+        if options.html and not Path(options.html).absolute().parent.is_dir():
+            raise ConfigError(f"--html {options.html}: its folder does not exist; create it first")
         index = Index(options.index)
         names = [name for name, value in given.items() if value is not None]
         how_to_compare(names, index.embeddings, options.within, list(HEADS))  # before the model is loaded

@@ -60,7 +60,7 @@ def evaluated(ranks: list[int], direction: str = "text->audio", ids: str = "abcd
         {}, {}, {}, {}, list(ids), torch.arange(clips)[:, None], clips, [], [], [], list(ids.upper())
     )
     numbers = torch.arange(clips)
-    ranked = {direction: Ranked(numbers, numbers, numbers[:, None], torch.tensor(ranks))}
+    ranked = {direction: Ranked(numbers, numbers, numbers[:, None], torch.tensor(ranks), numbers)}
     config = EvalConfig("/".join(map(str, ranks)), DataConfig(eval="x.jsonl", eval_split="test"))
     return Evaluation(config, {}, {}, ranked, embedded, Manifest.of([]), {})
 

@@ -242,6 +242,9 @@ def test_what_cannot_be_embedded_is_said_in_a_line(corpus: Path, tmp_path: Path)
     shutil.copytree(corpus / "checkpoint", tmp_path / "other")
     save_model(randomize(build_model(small_config()), seed=1), tmp_path / "other")
     refused("checkpoint_sha256", checkpoint=str(tmp_path / "other"))
+    shutil.copytree(corpus / "media", tmp_path / "media")
+    write_clip(tmp_path / "media/film.mp4", 0.3)  # another film of the same name
+    refused(r"film.mp4 had [\d,]+ bytes when it was begun, and now has", source=str(tmp_path / "media"))
     (tmp_path / "index/index.json").write_text("{")
     refused("index.json: damaged")
 
@@ -256,6 +259,27 @@ def test_embeddings_that_are_not_finite_are_no_embeddings(corpus: Path, tmp_path
     rows = rows_of(tmp_path / "index")
     assert rows[2]["error"] == "its video embedding is NaN or infinite" and rows[2]["video_embeds"] is None
     assert rows[2]["audio_embeds"] is not None
+
+
+def test_a_rank_without_parts_ends_in_peace(corpus: Path, tmp_path: Path):
+    Ranks(2, settings(corpus, tmp_path / "index", part_rows=64), tmp_path, _embed).finish()
+    assert [row["id"] for row in rows_of(tmp_path / "index")] == IDS
+
+
+def test_clips_of_the_same_name_are_all_embedded(corpus: Path, tmp_path: Path):
+    """A file and two samples of shards; the windows of a clip are so close that their names are equal."""
+    shutil.copy(corpus / "media/sound0.wav", tmp_path / "a.wav")
+    for number in (0, 1):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            tar.add(corpus / "media/sound1.wav", "k.wav")
+            (tmp_path / "k.json").write_text(json.dumps({"id": "a.wav"}))
+            tar.add(tmp_path / "k.json", "k.json")
+    (tmp_path / "k.json").unlink()
+    windows = {"seconds": 0.5, "hop": 0.004}
+    embed_corpus(settings(corpus, tmp_path / "index", source=str(tmp_path), windows=windows, part_rows=64))
+    found = Index(tmp_path / "index")
+    assert found.count("audio") == len(found) > 150
+    assert len({row.split(" [")[0] for row in found.rows()["id"].to_pylist()}) == 3
 
 
 @pytest.mark.slow

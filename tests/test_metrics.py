@@ -242,6 +242,23 @@ def test_random_embeddings_are_at_chance():
     assert metrics["MedR"] == pytest.approx(100.5, abs=5)
 
 
+def test_intervals_of_clips_that_share_captions_are_those_of_clips():
+    """Of 600 clips with one of three labels: the width is that of a share of 600 independent ones."""
+    labels = torch.arange(600) % 3
+    texts = torch.eye(3, 8)
+    clips = texts[labels] + 0.8 * torch.randn(600, 8)
+    found = evaluate_embeddings(
+        {"audio": clips, "text_audio": texts[labels]},
+        texts={"text_audio": texts},
+        captions=labels[:, None],
+        intervals=True,
+    )["audio->text"]
+    share = found["R@1"] / 100
+    assert 0.5 < share < 0.95
+    low, high = found["ci95"]["R@1"]
+    assert high - low == pytest.approx(2 * 1.96 * 100 * (share * (1 - share) / 600) ** 0.5, rel=0.15)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_embeddings_that_are_not_finite_are_refused(value: float):
     bad, good = torch.randn(6, 4), torch.randn(6, 4)

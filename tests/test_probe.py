@@ -1,6 +1,7 @@
 """Probes against classifiers written out in numpy, and on files."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,15 @@ def test_folds_are_tested_once_each(corpus: Path, tmp_path: Path):  # noqa: F811
     for number, row in enumerate(rows):  # each sound in both folds: its nearest neighbour is itself
         row.update(audio=str(corpus / row["audio"]), split="fold1", caption=("dog", "rain")[number % 2])
     twins = [row | {"id": f"{row['id']} again", "split": "fold2"} for row in rows]
+    same = tmp_path / "same.jsonl"  # a file in two folds would be tested by a probe that was trained on it
+    same.write_text("".join(json.dumps(row) + "\n" for row in rows + twins))
+    with pytest.raises(ConfigError, match="the clip .* again is in the splits fold1 and fold2"):
+        probe_checkpoint(probe_settings(corpus, data={"eval": str(same)}), tmp_path / "out")
+    halves = {"train": str(same), "train_split": "fold1", "eval": str(same), "eval_split": "fold2"}
+    with pytest.raises(ConfigError, match="8 clips, such as .* again, are in the training and the test set"):
+        probe_checkpoint(probe_settings(corpus, data=halves), tmp_path / "out")
+    for number, row in enumerate(twins):
+        row["audio"] = str(shutil.copy(row["audio"], tmp_path / f"copy{number}.wav"))
     (tmp_path / "folds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + twins))
     found = probe_checkpoint(probe_settings(corpus, data={"eval": str(tmp_path / "folds.jsonl")}), tmp_path / "out")
     assert found["audio"]["neighbours"]["top-1"] == 100 and found["audio"]["neighbours"]["standard deviation"] == 0
@@ -116,7 +126,9 @@ def test_folds_are_tested_once_each(corpus: Path, tmp_path: Path):  # noqa: F811
 def test_what_cannot_be_probed_is_named(corpus: Path, tmp_path: Path, monkeypatch):  # noqa: F811
     clips = str(corpus / "clips.jsonl")
     both = {"id": "x", "audio": str(corpus / "0.wav"), "caption": ["dog", "rain"], "split": "a"}
-    (tmp_path / "both.jsonl").write_text("".join(json.dumps(both | {"id": i, "split": i}) + "\n" for i in "ab"))
+    (tmp_path / "both.jsonl").write_text(
+        "".join(json.dumps(both | {"id": i, "split": i, "end": ord(i)}) + "\n" for i in "ab")
+    )
     for data, message in (
         ({"train": clips}, "clips.jsonl: 10 clips, such as clip 0, are in the training and the test set"),
         ({"eval_split": "fold1"}, "data.train is not set, and the clips of .*clips.jsonl are of 1 splits, too few"),

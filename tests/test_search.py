@@ -77,9 +77,23 @@ def test_faiss_finds_nearly_all_and_scores_exactly(tmp_path: Path):
     recall = np.mean([len(set(found) & set(true)) / 10 for found, true in zip(rows, exact_rows, strict=True)])
     assert recall > 0.95
     np.testing.assert_allclose(scores[:, 0], exact_scores[:, 0], rtol=1e-6)
-    allowed = np.arange(4000) % 7 == 0
-    _, rows = nearest_approximately(index, "audio", queries, 10, allowed)
-    assert set(rows.ravel()) - {-1} <= set(np.flatnonzero(allowed))
+    for allowed in (np.arange(4000) % 7 == 0, np.arange(4000) < 5):  # some, and so few that all must be looked at
+        _, rows = nearest_approximately(index, "audio", queries, 10, allowed)
+        _, exact_rows = nearest(index, "audio", queries, 10, allowed)
+        assert rows.shape == exact_rows.shape and set(rows.ravel()) <= set(np.flatnonzero(allowed))
+    assert np.array_equal(rows, exact_rows)
+    part_path(tmp_path, 1).rename(tmp_path / "away")  # the numbers of rows have changed since
+    with pytest.raises(ConfigError, match="made of another state of the index"):
+        nearest_approximately(Index(tmp_path), "audio", queries, 10)
+    with pytest.raises(ConfigError, match="1 parts are missing"):
+        make_approximate(Index(tmp_path), "audio")
+
+
+def test_too_few_rows_for_faiss_are_said_to_be_too_few(tmp_path: Path):
+    pytest.importorskip("faiss")
+    index = random_index(tmp_path, np.ones((500, 4), np.float32), np.arange(500) < 20, 500)
+    with pytest.raises(ConfigError, match="only 20 rows have audio"):
+        make_approximate(index, "audio")
 
 
 def test_what_is_compared_was_trained_to_be_compared():
@@ -210,7 +224,7 @@ def test_the_command(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("a dog", "--in", "music"): "--in music",
         ("--video", "gone.mp4"): "gone.mp4: no such file",
         ("a dog", "--checkpoint", str(tmp_path)): "has no config.yaml",
-        ("a dog", "--html", str(tmp_path / "no/page.html")): "No such file",
+        ("a dog", "--html", str(tmp_path / "no/page.html")): "its folder does not exist",
     }.items():
         with pytest.raises(SystemExit, match=f"^error: .*{message}"):
             run(*arguments)

@@ -31,7 +31,9 @@ def find_clips(source: str) -> Manifest:
         folder, found = os.path.dirname(fixed) or ".", glob.glob(source, recursive=True)
     found = sorted(path for path in found if os.path.isfile(path))
     media = list(_media(found, folder))
-    shards, problems = clips_of_shards(filter(is_shard, map(Path, found)), Path(folder), pairs=False)
+    shards, problems = clips_of_shards(
+        filter(is_shard, map(Path, found)), Path(folder), False, {clip.id for clip in media}
+    )
     for problem in problems:
         print(problem, file=sys.stderr)
     if not media and not shards:

@@ -99,14 +99,17 @@ def is_shard(path: Path) -> bool:
     return ".tar" in path.suffixes or path.suffix == ".tgz"
 
 
-def clips_of_shards(shards: Iterable[Path], folder: Path, pairs: bool = True) -> tuple[list[Clip], list[str]]:
+def clips_of_shards(
+    shards: Iterable[Path], folder: Path, pairs: bool = True, taken: Iterable[str] = ()
+) -> tuple[list[Clip], list[str]]:
     """The clips in tars, whose places in them are relative to `folder`, and a line for everything that is not used.
 
     Args:
         pairs: whether a clip needs two of audio, video and caption.
+        taken: ids of other clips.
     """
     clips: list[Clip] = []
-    ids: set[str] = set()
+    ids = set(taken)
     problems: list[str] = []
     for shard in shards:
         if shard.suffix != ".tar":

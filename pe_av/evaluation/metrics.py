@@ -58,6 +58,7 @@ class Ranked:
     items: Tensor  # (G,)
     target: Tensor  # (Q, M) which of the G items are true, padded with -1
     ranks: Tensor  # (Q,) 1-based, of the best true item
+    units: Tensor  # (Q,) queries with the same number are of one clip, and are resampled together
 
 
 def evaluate_embeddings(
@@ -82,7 +83,7 @@ def evaluate_embeddings(
         captions: with `texts`, (N, M) int64, which of the T texts are captions of each clip, padded with -1.
         shared: all ranks call this with the same arguments and share the work.
         protocol: dot | cosine | reweighted, as the head of this module says.
-        intervals: also give 95 % intervals; queries with the same first true item are resampled together.
+        intervals: also give 95 % intervals; the captions of a clip are resampled together.
         ranked: filled with what each direction compared, except by the protocol "reweighted".
         windows: those of the clips, by the best of which pairs are scored, except by the protocol "reweighted".
     Returns:
@@ -117,8 +118,10 @@ def evaluate_embeddings(
             items, copies = texts[gallery][item_numbers], (clips >= 0).sum(1)
         try:
             target = checked_target(queries, items, target)
+            # a query that is a caption belongs to its clip, of several to the last; any other query is a clip
+            units = target.amax(1) if query in (texts or ()) else torch.arange(len(queries), device=target.device)
             if protocol == "reweighted":
-                row = _reweighted(queries, items, target, query_copies, copies, shared, intervals)
+                row = _reweighted(queries, items, target, query_copies, copies, shared, units if intervals else None)
             else:
                 cosine = protocol == "cosine"
                 scores: DotProducts | BestWindows
@@ -128,9 +131,9 @@ def evaluate_embeddings(
                     sides = ((query, queries, query_numbers), (gallery, items, item_numbers))
                     parts = [part for side in sides for part in windows_of(windows, texts or {}, *side)]
                     scores = BestWindows(*parts, cosine)
-                ranks, row = _plain(scores, target, shared, intervals)
+                ranks, row = _plain(scores, target, shared, units if intervals else None)
                 if ranked is not None:
-                    ranked[direction] = Ranked(query_numbers, item_numbers, target.cpu(), ranks.cpu())
+                    ranked[direction] = Ranked(query_numbers, item_numbers, target.cpu(), ranks.cpu(), units.cpu())
         except ValueError as error:
             raise ValueError(f"{direction}: {error}") from error
         metrics[direction] = row
@@ -156,14 +159,13 @@ def windows_of(
 
 
 def _plain(
-    scores: DotProducts | BestWindows, target: Tensor, shared: bool, intervals: bool
+    scores: DotProducts | BestWindows, target: Tensor, shared: bool, units: Tensor | None
 ) -> tuple[Tensor, dict[str, float | int]]:
     """(Q,) ranks, and the figures that follow from them."""
     others = others_at_or_above(scores, target, best=10, shared=shared)
     counts = (distinct_targets(target) >= 0).sum(1)
     precisions = average_precision_at_10(others, counts)
     true_items = counts.sum().item() / len(counts)
-    units = target.amax(1) if intervals else None
     ranks = 1 + others[:, 0]
     return ranks, retrieval_metrics(ranks, scores.items, true_items, precisions, units)
 
@@ -175,7 +177,7 @@ def _reweighted(
     query_copies: Tensor | None,
     copies: Tensor | None,
     shared: bool,
-    intervals: bool,
+    units: Tensor | None,
 ) -> dict[str, float | int]:
     """Without mAP@10, for which the rule has no order among equal captions."""
     query_copies = torch.ones(len(queries), dtype=torch.int64) if query_copies is None else query_copies
@@ -188,7 +190,7 @@ def _reweighted(
     true_items = (
         (copies[true.clamp(min=0)] * (true >= 0)).sum(1) * query_copies
     ).sum().item() / query_copies.sum().item()
-    units = target.amax(1).repeat_interleave(query_copies) if intervals else None
+    units = None if units is None else units.repeat_interleave(query_copies)
     ranks = ranks.repeat_interleave(query_copies)
     row = retrieval_metrics(ranks, int(copies.sum()), true_items, units=units)
     for figures in (row, row.get("ci95", {})):

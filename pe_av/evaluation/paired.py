@@ -106,7 +106,7 @@ def compare_evaluations(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]
     for direction in common:
         ranked = [evaluation.ranked[direction] for evaluation in evaluations.values()]
         hits = np.stack([(each.ranks == 1).numpy() for each in ranked])
-        differences = paired_differences(hits, ranked[0].target.amax(1).numpy())
+        differences = paired_differences(hits, ranked[0].units.numpy())
         directions[direction] = {
             "queries": hits.shape[1],
             "gallery": len(ranked[0].items),

@@ -27,7 +27,7 @@ from pe_av.config import ConfigError, require
 from pe_av.config.compose import run_command
 from pe_av.config.evaluation import ProbeConfig
 from pe_av.data.clips import open_manifest
-from pe_av.data.manifest import Manifest
+from pe_av.data.manifest import Clip, Manifest
 from pe_av.device import pick_device
 from pe_av.evaluation.labelled import LabelledClips, embed_labelled, labels_of, load_for_labels, model_modalities
 from pe_av.evaluation.report import write_metrics
@@ -227,6 +227,13 @@ def _folds(clips: Manifest, source: str) -> list[str]:
             f"data.train is not set, and the clips of {source} are of {len(names)} splits, too few to be folds: set "
             "data.train, or leave data.eval_split unset and give each clip a split"
         )
+    split_of: dict[tuple, str | None] = {}
+    for clip in clips:
+        if (other := split_of.setdefault(_media(clip), clip.split)) != clip.split:
+            raise ConfigError(
+                f"{source}: the clip {clip.id} is in the splits {other} and {clip.split}, so these are no folds: set "
+                "data.train with data.train_split and data.eval_split"
+            )
     return names
 
 
@@ -240,12 +247,18 @@ def _check(sets: Mapping[str, Manifest], sources: Mapping[str, str]) -> None:
                 "zero-shot classification takes several"
             )
     if "train" in sets:
-        shared = sorted({clip.id for clip in sets["train"]} & {clip.id for clip in sets["eval"]})
+        # by file and segment, because recipes give a file a name of its own in every split
+        trained = {_media(clip) for clip in sets["train"]}
+        shared = [clip.id for clip in sets["eval"] if _media(clip) in trained]
         if shared:
             raise ConfigError(
                 f"{sources['eval']}: {len(shared)} clips, such as {shared[0]}, are in the training and the test set: "
                 "set data.train_split and data.eval_split, or give other manifests"
             )
+
+
+def _media(clip: Clip) -> tuple[str | None, str | None, float, float | None]:
+    return clip.audio, clip.video, clip.start, clip.end
 
 
 def print_probe(metrics: Mapping[str, Mapping[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -56,6 +57,9 @@ def evaluate(config: EvalConfig, folder: Path, device: torch.device) -> Evaluati
     if rank() == 0:
         setting = {"protocol": config.protocol, **evaluation_setting(config, model.config, clips, device)}
         setting |= cut_record(embedded.cut)
+        kinds = clips.kinds()
+        several = (np.sum(list(kinds.values()), axis=0) > 1) & ~kinds[None]
+        setting["clips_with_unused_captions"] = int(several.sum())
     evaluation = Evaluation(config, metrics, reweighted, ranked, embedded, clips, setting)
     if rank() == 0:
         extra = {f"{name}_items": len(reasons) for name, reasons in bad.reasons.items()}
@@ -66,6 +70,12 @@ def evaluate(config: EvalConfig, folder: Path, device: torch.device) -> Evaluati
             write_report(evaluation, folder)
         print_table(metrics | {"reweighted": reweighted})
         console = Console(stderr=True)
+        if several.any():
+            console.print(
+                f"{several.sum()} clips have captions of several kinds, of which one is used: audio_visual_caption, else "
+                "audio_caption, else visual_caption; docs/evaluation.md says how to evaluate by another",
+                soft_wrap=True,
+            )
         if line := bad.cut_line():
             console.print(line, soft_wrap=True)
         console.print(f"written to {folder}")

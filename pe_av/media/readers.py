@@ -35,7 +35,7 @@ def check_reader(reader: str) -> None:
     except ImportError:
         raise ConfigError(f"reader={reader} needs a package: pip install 'pe-av[{reader}]'") from None
     except (RuntimeError, OSError) as error:  # torchcodec finds no FFmpeg, or was built for another torch
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].removesuffix(" Likely causes:")
         raise ConfigError(
             f"reader={reader} cannot be loaded ({reason}): install FFmpeg 4 to 8 with its libraries, or use pyav"
         ) from error
