@@ -221,3 +221,15 @@ def test_windows_that_cannot_be_are_refused(corpus: Path):
     refused("windows.seconds=-1", windows={"seconds": -1})
     refused("windows.combine.*median", combine="median")
     refused("a probe needs windows.combine=mean", ProbeConfig, combine="best")
+
+
+def test_captions_that_are_not_used_are_counted(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    several = {"audio": ["a dog"], "visual": ["rain", "music"]}
+    captions = [several, several, {"visual": ["rain"]}, {None: ["a bell"], "audio": ["a dog"]}]
+    film = str(corpus / "film.mp4")
+    clips = (Clip(f"clip {n}", film, film, each, end=1.0 + n / 10) for n, each in enumerate(captions))
+    Manifest.of(clips).write(tmp_path / "kinds.jsonl")
+    changes = {"data": {"eval": str(tmp_path / "kinds.jsonl")}, "windows": {"seconds": None, "hop": None}}
+    evaluation = evaluate(settings(EvalConfig, corpus, **changes), tmp_path, torch.device("cpu"))
+    assert evaluation.setting["clips_with_unused_captions"] == 2
+    assert "2 clips have captions of several kinds" in " ".join(capsys.readouterr().err.split())

@@ -72,8 +72,8 @@ def evaluate(config: EvalConfig, folder: Path, device: torch.device) -> Evaluati
         console = Console(stderr=True)
         if several.any():
             console.print(
-                f"{several.sum()} clips have captions of several kinds, of which one is used: audio_visual_caption, else "
-                "audio_caption, else visual_caption; docs/evaluation.md says how to evaluate by another",
+                f"{several.sum()} clips have captions of several kinds, of which one is used: audio_visual_caption, or "
+                "else audio_caption, or else visual_caption; docs/evaluation.md says how to evaluate by another",
                 soft_wrap=True,
             )
         if line := bad.cut_line():
