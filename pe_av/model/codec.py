@@ -197,7 +197,8 @@ class CodecEncoder(nn.Module):
         chosen = torch.tensor(sum(groups, []), dtype=torch.long, device=waveform.device).split([len(g) for g in groups])
         for group, some in zip(groups, chosen, strict=True):
             longest = lengths[group[0]]
-            part = waveform[some, :, : longest * hop]
+            # one row is a view: an hour of sound is not copied
+            part = (waveform[group[0] :][:1] if len(group) == 1 else waveform[some])[..., : longest * hop]
             if lengths[group[-1]] == longest:
                 encoded = self._encode_tiles(part, tiles * self.tile_positions // len(group))
             else:
