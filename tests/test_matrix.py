@@ -341,6 +341,7 @@ def test_ranks_are_equal_to_the_bit_on_any_number_of_ranks(tmp_path):
     assert len(texts) == 6 and len(set(texts)) == 1
 
 
+@pytest.mark.slow
 def test_frame_level_training_is_the_same_on_any_number_of_ranks_and_goes_on(tmp_path: Path, corpus: Path):
     """One recording in seven is damaged; micro-batches of two; the loss is that of the whole batch."""
     lines = [

@@ -38,7 +38,6 @@ def test_the_wheel_holds_the_package_and_its_configs(wheel: Path):
     ("script", "arguments"),
     [
         ("train.py", ["--cfg", "job", "data=manifest", "model.output_dim=64"]),
-        ("train.py", ["--help"]),
         ("eval.py", ["datta=x"]),
         ("convert.py", ["target=b"]),  # without source=
     ],

@@ -116,7 +116,7 @@ def alone() -> Tensor:
     [
         (2, ParallelConfig(strategy="ddp"), 1),
         pytest.param(2, ParallelConfig(strategy="ddp"), 3, marks=pytest.mark.slow),
-        (2, ParallelConfig(strategy="fsdp"), 1),
+        pytest.param(2, ParallelConfig(strategy="fsdp"), 1, marks=pytest.mark.slow),
         (2, ParallelConfig(strategy="fsdp", activation_checkpointing=True), 3),
     ],
     ids=["ddp", "ddp in parts", "fsdp", "fsdp in parts, recomputed"],

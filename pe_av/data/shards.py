@@ -34,6 +34,7 @@ from pe_av.data.manifest_formats import CAPTION_COLUMNS
 
 AUDIO = {"wav", "flac", "mp3", "ogg", "opus", "oga", "m4a", "aac", "wma", "aiff", "aif"}
 VIDEO = set("mp4 m4v mov mkv webm avi mpg mpeg ts mts m2ts flv wmv ogv 3gp gif".split())  # with or without audio
+ALONE = "something to pair with"
 ROLES = ("audio", "video", "media")  # KEY.ROLE.EXTENSION, with any extension; "media" has both audio and video
 
 # the files of a sample: extension -> where the file is, and the content if it is a .json or .txt
@@ -173,9 +174,11 @@ def sample_clip(shard: str, key: str, files: Files, pairs: bool = True) -> tuple
         row["caption"] = text
     row |= {modality: extension and files[extension][0] for modality, extension in used.items()} | {"path": None}
     row["id"] = str(row.get("id") or f"{shard}/{key}")
-    lacks = {} if pairs else {"lacks": "something to pair with"}  # with which a row of one thing is accepted
+    if not pairs and not row.get("lacks"):
+        row["lacks"] = ALONE  # with which a row of one thing is accepted
     try:
-        return replace(checked_clip(row | lacks, "not used"), lacks=row.get("lacks")), problems
+        clip = checked_clip(row, "not used")
+        return replace(clip, lacks=None) if clip.lacks == ALONE else clip, problems
     except ConfigError as error:
         return None, [*problems, str(error)]
 
