@@ -458,6 +458,7 @@ def test_many_rows_take_little_memory(tmp_path):
     path = write_rows(tmp_path / "m.jsonl", many_rows(rows))
     program = (
         "import sys, threading; import numpy as np; from pe_av.data.manifest import read_manifest\n"
+        "from importlib.util import find_spec; find_spec('pandas') and __import__('pandas')\n"  # as Arrow does
         "def own(what='RssAnon'): return int(open('/proc/self/status').read().split(what + ':')[1].split()[0]) * 1024\n"
         "peak = [own()]; before = peak[0]; done = threading.Event()\n"
         "def watch():\n"
