@@ -36,7 +36,7 @@ from pe_av.loading.sampler import BatchSampler
 from pe_av.loading.split import split_batch
 from pe_av.media.processor import Processor
 from pe_av.media.tracks import source_path
-from pe_av.ranks import of_rank_0, process_group, rank
+from pe_av.ranks import of_rank_0, process_group, rank, world_size
 
 SIZES_KEPT = 100  # files whose sizes index.json keeps
 # of what index.json records, what may differ when the rest of the parts is computed: it changes nothing but rounding
@@ -301,13 +301,12 @@ def embed_corpus(config: EmbedConfig, _: Path | None = None) -> None:
     """
     with process_group(pick_device(config.device), config.timeout_minutes) as device:
         plan = make_plan(config, device)
-        missing = of_rank_0(plan.missing())
+        place, parts = rank(), of_rank_0(plan.missing())[rank() :: world_size()]
     # from here on, no rank waits for another
-    parts = missing[int(os.environ.get("RANK", "0")) :: int(os.environ.get("WORLD_SIZE", "1"))]
     console = Console(stderr=True)
     try:
         if parts:
-            throughput = PartWriter(plan, device).write(parts, shows_progress=os.environ.get("RANK", "0") == "0")
+            throughput = PartWriter(plan, device).write(parts, shows_progress=place == 0)
             console.print(throughput.line(config.data.num_workers), soft_wrap=True)
     finally:
         list_bad(plan.folder)
