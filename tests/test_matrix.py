@@ -52,7 +52,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "ranks": ("1", "2", "3"),
     "strategy": ("ddp", "fsdp"),
     "micro": ("whole", "micro"),
-    "extra": ("plain", "ema", "lora", "frozen", "cache", "recompute", "accumulate", "scales"),
+    "extra": ("plain", "ema", "lora", "frozen", "cache", "recompute", "accumulate", "scales", "muon"),
     "data": ("clean", "bad", "pure"),
 }
 
@@ -158,6 +158,7 @@ def settings(case: Case, corpus: Path) -> TrainConfig:
     )
     optim = OptimConfig(
         lr=1e-3,
+        muon_lr=1e-2 if case.extra == "muon" else None,
         warmup_steps=2,
         ema=0.8 if case.extra == "ema" else None,
         # all but scales and biases: a model of which nothing has a gradient

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import alone, random_batch, randomize, small_config
@@ -10,6 +11,7 @@ from torch import nn
 from pe_av.config import ConfigError, LoraConfig, OptimConfig
 from pe_av.model.pe_audio_video import PEAudioVideo
 from pe_av.training.lora import add_adapters, merged_state_dict
+from pe_av.training.muon import orthogonal
 from pe_av.training.optim import AveragedWeights, build_optimizer, freeze, set_learning_rate, take_step
 
 
@@ -75,6 +77,94 @@ def test_a_step_is_adamws_and_can_be_left_out_without_a_trace():
             expected.update(theirs, torch.tensor(0))
         torch.testing.assert_close(ours.weight, theirs.weight)
         torch.testing.assert_close(average.average["bias"], expected.average["bias"])
+
+
+class Layer(nn.Module):
+    """A layer with two matrices of which Muon trains one, a third of another shape, and a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 10), nn.Linear(10, 10, bias=False)])
+        self.out = nn.Linear(10, 3, bias=False)
+
+
+def newton_schulz(gradient: np.ndarray) -> np.ndarray:
+    """From singular values in float64: U · p(p(p(p(p(s / ‖s‖))))) · Vᵀ with p(s) = 3.4445 s - 4.775 s³ + 2.0315 s⁵."""
+    u, s, vt = np.linalg.svd(gradient.astype(np.float64), full_matrices=False)
+    s = s / np.linalg.norm(s)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return u * s @ vt
+
+
+def test_muon_steps_along_orthogonal_matrices():
+    torch.manual_seed(0)
+    for shape in ((5, 5), (4, 9), (9, 4)):
+        given = torch.randn(3, *shape) * torch.tensor([1e-4, 1.0, 1e4])[:, None, None]
+        found = orthogonal(given)
+        for i in range(3):
+            torch.testing.assert_close(found[i].double().numpy(), newton_schulz(given[i].numpy()), rtol=0, atol=2e-5)
+        assert torch.linalg.svdvals(found).sub(1).abs().max() < 0.35
+
+
+def test_a_step_is_muons_and_can_be_left_out_without_a_trace():
+    """Against its formula in float64, and against PyTorch's Muon, which rounds each of fifteen products to bfloat16."""
+    config = OptimConfig(lr=0.01, muon_lr=0.05, weight_decay=0.3, warmup_steps=0)
+    torch.manual_seed(0)
+    ours, theirs = Layer(), Layer()
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = build_optimizer(ours, config)
+    matrices = [theirs.layers[0].weight, theirs.layers[1].weight]
+    muon = torch.optim.Muon(matrices, lr=0.05, weight_decay=0.3, momentum=0.95, nesterov=True, adjust_lr_fn="original")
+    adamw = torch.optim.AdamW(
+        [{"params": theirs.out.weight, "weight_decay": 0.3}, {"params": theirs.layers[0].bias, "weight_decay": 0.0}],
+        lr=0.01, betas=tuple(config.betas), eps=config.eps,
+    )  # fmt: skip
+    weights = [m.detach().double().numpy() for m in matrices]
+    momenta = [np.zeros_like(w) for w in weights]
+    start = [m.detach().clone() for m in matrices]
+    for wrong in (0, 1, 0, 0, 1, 0):
+        set_learning_rate(optimizer, config, 0, 100)
+        for mine, its in zip(ours.parameters(), theirs.parameters(), strict=True):
+            mine.grad = torch.randn_like(mine)  # whose directions all are long enough for bfloat16
+            its.grad = mine.grad.clone()
+        if wrong:
+            ours.layers[0].weight.grad.fill_(torch.nan)
+            ours.layers[1].weight.grad.fill_(torch.inf)
+        else:
+            for i, matrix in enumerate(matrices):
+                gradient = matrix.grad.double().numpy()
+                momenta[i] = 0.95 * momenta[i] + 0.05 * gradient
+                step = (
+                    newton_schulz(0.05 * gradient + 0.95 * momenta[i])
+                    * max(1, gradient.shape[0] / gradient.shape[1]) ** 0.5
+                )
+                weights[i] = weights[i] * (1 - 0.05 * 0.3) - 0.05 * step
+            muon.step()
+            adamw.step()
+        take_step(optimizer, torch.tensor(wrong))
+        for i in range(2):
+            torch.testing.assert_close(ours.layers[i].weight.detach().double().numpy(), weights[i], rtol=0, atol=1e-5)
+            moved = (matrices[i].detach() - start[i]).norm()
+            assert (ours.layers[i].weight.detach() - matrices[i].detach()).norm() <= 0.05 * moved
+        torch.testing.assert_close(ours.layers[0].bias, theirs.layers[0].bias)
+        torch.testing.assert_close(ours.out.weight, theirs.out.weight)
+
+
+def test_muon_trains_the_matrices_of_layers_alone():
+    model = PEAudioVideo(small_config())
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-3, muon_lr=0.02, lr_scale={"video": 0.5}))
+    set_learning_rate(optimizer, OptimConfig(lr=1e-3, muon_lr=0.02, schedule="constant"), 10**6, 10**9)
+    by_muon = {id(p): group["lr"] for group in optimizer.param_groups if group["muon"] for p in group["params"]}
+    names = {name: by_muon[id(p)] for name, p in model.named_parameters() if id(p) in by_muon}
+    assert names["text.layers.0.qkv.weight"] == names["fusion.transformer.layers.1.mlp.down_proj.weight"] == 0.02
+    assert names["video.vision.pool.kv.weight"] == names["video.transformer.layers.0.attention.q_proj.weight"] == 0.01
+    for name, parameter in model.named_parameters():
+        inside = parameter.ndim == 2 and (".layers." in name or ".pool." in name)
+        assert (name in names) == (inside and parameter.requires_grad), name
+    add_adapters(model, LoraConfig(rank=2))
+    with pytest.raises(ConfigError, match="optim.muon_lr=0.02, but no matrix of a layer is trained: unset it"):
+        build_optimizer(model, OptimConfig(muon_lr=0.02))
 
 
 def test_parts_have_rates_of_their_own():

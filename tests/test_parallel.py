@@ -52,13 +52,13 @@ def config() -> ModelConfig:
 
 
 class Trainer:
-    """Steps of the real parts: embedder, loss over all ranks, gradients in micro-batches, clipping, AdamW."""
+    """Steps of the real parts: embedder, loss over all ranks, gradients in micro-batches, clipping, Muon and AdamW."""
 
     def __init__(self, parallel: ParallelConfig, micro_batches: int = 1):
         self.model = randomize(PEAudioVideo(config())).train()
         # the logits go through their real start, or the random ones would be far away
         self.embedder = parallelize(self.model, Embedder(self.model), parallel, torch.device("cpu"))
-        self.optimizer = build_optimizer(self.model, OptimConfig(lr=1e-3))
+        self.optimizer = build_optimizer(self.model, OptimConfig(lr=1e-3, muon_lr=3e-3))
         self.average = AveragedWeights(self.model, 0.9)
         self.micro_batches = micro_batches
 

@@ -81,11 +81,13 @@ class LossConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW, its learning rate schedule, and which parts of the model it trains (training/optim.py)."""
+    """AdamW and Muon, their learning rates, and which parts of the model they train (training/optim.py)."""
 
     __repr__ = as_yaml
 
-    lr: float = 1e-3  # The highest learning rate, reached after the warm-up.
+    lr: float = 1e-3  # AdamW's highest learning rate, reached after the warm-up.
+    # Train the matrices of all layers with Muon (training/muon.py) at this rate, such as 0.02; null: with AdamW.
+    muon_lr: float | None = None
     weight_decay: float = 0.05  # Applied to matrices, but not to norms, biases, position embeddings and logit scales.
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     eps: float = 1e-8
@@ -102,6 +104,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optim.lr={self.lr} is not positive")
+        require(self.muon_lr is None or self.muon_lr > 0, f"optim.muon_lr={self.muon_lr} is not positive")
         require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} is negative")
         require(self.clip_norm > 0, f"optim.clip_norm={self.clip_norm} is not positive")
         one_of("optim.schedule", self.schedule, ("cosine", "constant"))

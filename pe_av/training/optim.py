@@ -1,4 +1,4 @@
-"""AdamW: which parameters it trains, at which learning rates, on which schedule; and averaged weights."""
+"""AdamW and Muon: which parameters they train, at which rates, on which schedule; and averaged weights."""
 
 import math
 import re
@@ -6,9 +6,9 @@ from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
 
 from pe_av.config import ConfigError, OptimConfig
+from pe_av.training.muon import Muon
 from pe_av.training.parallel import local_part
 
 # modules that come before the layers of a tower: the furthest from its output, so `layer_decay` reduces them most
@@ -26,14 +26,17 @@ def freeze(model: nn.Module, parts: list[str]) -> None:
             parameter.requires_grad_(False)
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
-    """AdamW over the parameters that require a gradient, in one group for each pair of learning rate and weight decay.
+def build_optimizer(model: nn.Module, config: OptimConfig) -> Muon:
+    """AdamW over the parameters that require a gradient, but Muon over the matrices of layers if `muon_lr` is set.
+
+    There is one group for each learning rate and weight decay.
 
     Weight decay applies to the weights of linear, convolution and embedding layers. It does not apply to norms, biases,
     class tokens, probes, position embeddings, or logit scales and biases.
 
     Raises:
-        ConfigError: every parameter is frozen, or `lr_scale` names a part that the model does not have.
+        ConfigError: every parameter is frozen, or every matrix of a layer although `muon_lr` is set; or `lr_scale`
+            names a part that the model does not have.
     """
     decayed = {
         id(module.weight)
@@ -41,33 +44,38 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Embedding)
     }
     scales = _scales(model, config)
-    groups: dict[tuple[float, float], list[Tensor]] = defaultdict(list)
+    groups: dict[tuple[float, float, bool], list[Tensor]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decay = config.weight_decay if id(parameter) in decayed else 0.0
-            groups[scales[name], decay].append(parameter)
+            muon = config.muon_lr is not None and _is_layer_matrix(name, parameter)
+            scale = scales[name] * (config.muon_lr / config.lr if muon else 1)
+            groups[scale, decay, muon].append(parameter)
     if not groups:
         raise ConfigError("every parameter is frozen, so there is nothing to train: name fewer parts in optim.freeze")
-    # the fused form can skip a step on the device, without the host knowing (`take_step`)
-    optimizer = AdamW(
-        [{"params": each, "scale": scale, "weight_decay": decay} for (scale, decay), each in groups.items()],
+    if config.muon_lr is not None and not any(muon for _, _, muon in groups):
+        raise ConfigError(f"optim.muon_lr={config.muon_lr}, but no matrix of a layer is trained: unset it")
+    optimizer = Muon(
+        [
+            {"params": each, "scale": scale, "weight_decay": decay, "muon": muon}
+            for (scale, decay, muon), each in groups.items()
+        ],
         lr=config.lr,
         betas=tuple(config.betas),
         eps=config.eps,
-        fused=True,
+        fused=True,  # this form can skip a step on the device, without the host knowing (`take_step`)
     )
     # AdamW would make these at a parameter's first gradient; made now, they are in every saved state
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+            moments = ("momentum",) if group["muon"] else ("exp_avg", "exp_avg_sq")
+            optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in moments}
+            if not group["muon"]:
+                optimizer.state[parameter]["step"] = torch.zeros((), device=parameter.device)
     return optimizer
 
 
-def set_learning_rate(optimizer: AdamW, config: OptimConfig, step: int, steps: int) -> float:
+def set_learning_rate(optimizer: Muon, config: OptimConfig, step: int, steps: int) -> float:
     """Set the learning rate of step `step`, counted from 0, of `steps`: linear warm-up over `warmup_steps`, then half a
     cosine down to `final_lr_ratio`, or constant. Each group has it times its own factor.
 
@@ -80,7 +88,7 @@ def set_learning_rate(optimizer: AdamW, config: OptimConfig, step: int, steps: i
     return rate
 
 
-def take_step(optimizer: AdamW, skip: Tensor) -> None:
+def take_step(optimizer: Muon, skip: Tensor) -> None:
     """Take a step of the optimizer, or none if `skip` is true: a scalar on the device, for which no host waits."""
     optimizer.found_inf = skip.float()
     optimizer.step()
@@ -119,6 +127,12 @@ class AveragedWeights:
                 held = parameter.detach().clone()
                 parameter.copy_(self.average[name])
                 self.average[name].copy_(held)
+
+
+def _is_layer_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon suits it: it maps one hidden state to another, so all of its directions may matter alike. Embeddings
+    and projections out of the model are left to AdamW, as its authors advise, and so are adapters of low rank."""
+    return parameter.ndim == 2 and bool(re.search(r"(^|\.)(layers|pool)\.", name)) and ".adapter." not in name
 
 
 def _scales(model: nn.Module, config: OptimConfig) -> dict[str, float]:

@@ -186,7 +186,7 @@ def check_space(
         CheckpointError: the disk has too little room; says how much there is and how much is needed.
     """
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    moments = sum(2 * p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
+    moments = sum(m.numel() * m.element_size() for each in optimizer.state.values() for m in each.values())
     averages = 0 if average is None else sum(a.numel() * a.element_size() for a in average.average.values())
     present = len(named_states(folder / "state"))
     # a new state is complete before the oldest is removed, and so is a checkpoint before the one that it replaces
