@@ -364,10 +364,18 @@ def test_settings_that_a_state_fixes_are_refused_and_others_hold_from_there_on(t
         (["batch_size=6", "seed=1", "optim.ema=null"], "batch_size was 8, now 6; seed was 0, now 1; optim.ema was 0.5"),
         (["model.audio.transformer.attention_dropout=0.5"], "attention_dropout was 0.1, now 0.5"),
         (["optim.freeze=[text]"], r"optim.freeze was \[\], now \['text'\]"),
+        (["optim.muon_lr=null"], "optim.muon_lr was 0.03, now None"),
     ):
         with pytest.raises(ConfigError, match=f"cannot go on with other settings of what it fixes: .*{told}"):
             run(tmp_path, [*world, "steps=4", "optim.ema=0.5", "resume=auto", *changed])
-    options = ["optim.ema=0.9", "optim.lr=1e-4", "optim.weight_decay=0.5", "optim.warmup_steps=0", "log_every=2"]
+    options = [
+        "optim.ema=0.9",
+        "optim.lr=1e-4",
+        "optim.muon_lr=0.01",
+        "optim.weight_decay=0.5",
+        "optim.warmup_steps=0",
+        "log_every=2",
+    ]
     going_on = run(tmp_path, [*world, "steps=4", "resume=auto", *options])
     going_on.train()
     row = json.loads((tmp_path / "history.jsonl").read_text().splitlines()[-1])

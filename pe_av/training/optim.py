@@ -35,8 +35,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Muon:
     class tokens, probes, position embeddings, or logit scales and biases.
 
     Raises:
-        ConfigError: every parameter is frozen, or every matrix of a layer although `muon_lr` is set; or `lr_scale`
-            names a part that the model does not have.
+        ConfigError: every parameter is frozen, or `lr_scale` names a part that the model does not have.
     """
     decayed = {
         id(module.weight)
@@ -53,8 +52,6 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Muon:
             groups[scale, decay, muon].append(parameter)
     if not groups:
         raise ConfigError("every parameter is frozen, so there is nothing to train: name fewer parts in optim.freeze")
-    if config.muon_lr is not None and not any(muon for _, _, muon in groups):
-        raise ConfigError(f"optim.muon_lr={config.muon_lr}, but no matrix of a layer is trained: unset it")
     optimizer = Muon(
         [
             {"params": each, "scale": scale, "weight_decay": decay, "muon": muon}

@@ -67,9 +67,10 @@ def check_settings(state: Path, progress: dict[str, Any], settings: dict[str, An
         if any(name == setting or name.startswith(f"{setting}.") for setting in FIXED_ON_RESUME)
         and before.get(name) != now.get(name)
     ]
-    # these two may get another value, but cannot be switched on or off: the state has an average or it has not, and
-    # parts whose features are cached are frozen
-    switched = [n for n in ("optim.ema", "data.cache") if (before.get(n) is None) != (now.get(n) is None)]
+    # these may get another value, but cannot be switched on or off: the state has an average or it has not, Muon and
+    # AdamW keep other moments, and parts whose features are cached are frozen
+    either_way = ("optim.ema", "optim.muon_lr", "data.cache")
+    switched = [name for name in either_way if (before.get(name) is None) != (now.get(name) is None)]
     changed = [f"{name} was {before.get(name)}, now {now.get(name)}" for name in fixed + switched]
     if changed:
         raise ConfigError(
