@@ -10,8 +10,8 @@ from torch import nn
 
 from pe_av.config import ConfigError, LoraConfig, OptimConfig
 from pe_av.model.pe_audio_video import PEAudioVideo
+from pe_av.training import muon
 from pe_av.training.lora import add_adapters, merged_state_dict
-from pe_av.training.muon import orthogonal
 from pe_av.training.optim import AveragedWeights, build_optimizer, freeze, set_learning_rate, take_step
 
 
@@ -79,12 +79,12 @@ def test_a_step_is_adamws_and_can_be_left_out_without_a_trace():
         torch.testing.assert_close(average.average["bias"], expected.average["bias"])
 
 
-class Layer(nn.Module):
-    """A layer with two matrices of which Muon trains one, a third of another shape, and a bias."""
+class Layers(nn.Module):
+    """Three matrices that Muon trains, two of them alike, and a matrix and a bias that it does not."""
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(6, 10), nn.Linear(10, 10, bias=False)])
+        self.layers = nn.ModuleList(nn.Linear(n, 10, bias=n == 6) for n in (6, 10, 10))
         self.out = nn.Linear(10, 3, bias=False)
 
 
@@ -101,21 +101,25 @@ def test_muon_steps_along_orthogonal_matrices():
     torch.manual_seed(0)
     for shape in ((5, 5), (4, 9), (9, 4)):
         given = torch.randn(3, *shape) * torch.tensor([1e-4, 1.0, 1e4])[:, None, None]
-        found = orthogonal(given)
+        found = muon.orthogonal(given)
         for i in range(3):
             torch.testing.assert_close(found[i].double().numpy(), newton_schulz(given[i].numpy()), rtol=0, atol=2e-5)
         assert torch.linalg.svdvals(found).sub(1).abs().max() < 0.35
 
 
-def test_a_step_is_muons_and_can_be_left_out_without_a_trace():
+@pytest.mark.parametrize("together", [1, 2**25])
+def test_a_step_is_muons_and_can_be_left_out_without_a_trace(monkeypatch: pytest.MonkeyPatch, together: int):
     """Against its formula in float64, and against PyTorch's Muon, which rounds each of fifteen products to bfloat16."""
     config = OptimConfig(lr=0.01, muon_lr=0.05, weight_decay=0.3, warmup_steps=0)
+    monkeypatch.setattr(muon, "TOGETHER", together)
     torch.manual_seed(0)
-    ours, theirs = Layer(), Layer()
+    ours, theirs = Layers(), Layers()
     theirs.load_state_dict(ours.state_dict())
     optimizer = build_optimizer(ours, config)
-    matrices = [theirs.layers[0].weight, theirs.layers[1].weight]
-    muon = torch.optim.Muon(matrices, lr=0.05, weight_decay=0.3, momentum=0.95, nesterov=True, adjust_lr_fn="original")
+    matrices = [layer.weight for layer in theirs.layers]
+    its_muon = torch.optim.Muon(
+        matrices, lr=0.05, weight_decay=0.3, momentum=0.95, nesterov=True, adjust_lr_fn="original"
+    )
     adamw = torch.optim.AdamW(
         [{"params": theirs.out.weight, "weight_decay": 0.3}, {"params": theirs.layers[0].bias, "weight_decay": 0.0}],
         lr=0.01, betas=tuple(config.betas), eps=config.eps,
@@ -140,10 +144,10 @@ def test_a_step_is_muons_and_can_be_left_out_without_a_trace():
                     * max(1, gradient.shape[0] / gradient.shape[1]) ** 0.5
                 )
                 weights[i] = weights[i] * (1 - 0.05 * 0.3) - 0.05 * step
-            muon.step()
+            its_muon.step()
             adamw.step()
         take_step(optimizer, torch.tensor(wrong))
-        for i in range(2):
+        for i in range(3):
             torch.testing.assert_close(ours.layers[i].weight.detach().double().numpy(), weights[i], rtol=0, atol=1e-5)
             moved = (matrices[i].detach() - start[i]).norm()
             assert (ours.layers[i].weight.detach() - matrices[i].detach()).norm() <= 0.05 * moved

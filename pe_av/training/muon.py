@@ -16,6 +16,7 @@ MOMENTUM = 0.95
 # One round maps a singular value s to A·s + B·s³ + C·s⁵; five of them take nearly all of [0.003, 1] to 0.7 … 1.2.
 A, B, C = 3.4445, -4.7750, 2.0315
 ROUNDS = 5
+TOGETHER = 2**25  # entries of the matrices that are orthogonalized in one call: small ones fill a GPU only together
 
 
 class Muon(AdamW):
@@ -36,25 +37,34 @@ class Muon(AdamW):
 
     def _orthogonal_step(self, group: dict, taken: Tensor) -> None:
         """`taken`: 1 to take the step, 0 to leave everything as it is."""
-        alike: dict[torch.Size, list[Tensor]] = defaultdict(list)  # matrices of one shape are computed together
+        alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for matrix in group["params"]:
             if matrix.grad is not None:
                 alike[matrix.shape].append(matrix)
         rate = group["lr"] * taken
-        for (rows, columns), matrices in alike.items():
-            moved = []
-            for matrix in matrices:
-                gradient = matrix.grad.nan_to_num()  # of a step that is not taken, and NaN · 0 is NaN
-                momentum = self.state[matrix]["momentum"]
-                momentum.lerp_(gradient, (1 - MOMENTUM) * taken)
-                moved.append(gradient.lerp(momentum, MOMENTUM))  # as Nesterov looks ahead
-            steps = orthogonal(torch.stack([m.full_tensor() if isinstance(m, DTensor) else m for m in moved]))
-            for matrix, step in zip(matrices, steps * max(1, rows / columns) ** 0.5, strict=True):
-                if isinstance(matrix, DTensor):
-                    mesh = matrix.device_mesh
-                    step = DTensor.from_local(step, mesh, [Replicate()] * mesh.ndim, run_check=False)
-                    step = step.redistribute(placements=matrix.placements)  # takes this rank's part: nothing is sent
-                matrix.mul_(1 - rate * group["weight_decay"]).sub_(step * rate)
+        for (rows, columns), every in alike.items():
+            at_once = max(1, TOGETHER // (rows * columns))
+            for matrices in (every[i : i + at_once] for i in range(0, len(every), at_once)):
+                steps = orthogonal(torch.stack([self._ahead(matrix, taken) for matrix in matrices]))
+                for matrix, step in zip(matrices, steps * max(1, rows / columns) ** 0.5, strict=True):
+                    matrix.mul_(1 - rate * group["weight_decay"]).sub_(_shared_out(step, matrix) * rate)
+
+    def _ahead(self, matrix: Tensor, taken: Tensor) -> Tensor:
+        """Put the gradient into the momentum, and return the whole matrix of what Nesterov's rule makes of the two."""
+        gradient = matrix.grad.nan_to_num()  # of a step that is not taken, and NaN · 0 is NaN
+        momentum = self.state[matrix]["momentum"]
+        momentum.lerp_(gradient, (1 - MOMENTUM) * taken)
+        ahead = gradient.lerp(momentum, MOMENTUM)
+        return ahead.full_tensor() if isinstance(ahead, DTensor) else ahead
+
+
+def _shared_out(step: Tensor, like: Tensor) -> Tensor:
+    """A step that every rank has, sharded like its matrix: each rank keeps its part, and nothing is sent."""
+    if not isinstance(like, DTensor):
+        return step
+    mesh = like.device_mesh
+    whole = DTensor.from_local(step, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return whole.redistribute(placements=like.placements)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
