@@ -662,8 +662,30 @@ def vatex(root):
     return {f"-{s}_000010_000020": (s, {"visual": [f"{s} {i}" for i in range(10)]}) for s in files}, set()
 
 
+def youcook2(root):
+    def steps(*ids):
+        texts = {0: "pick the ends off the verdalago", 1: " combine lemon juice and sumac "}
+        return [{"segment": [90 + 12 * i, 102 + 12 * i], "id": i, "sentence": texts[i]} for i in ids]
+
+    videos = {
+        "GLd3aX16zBg": ("training", steps(0, 1)),
+        "-cooks": ("validation", steps(1)),
+        "gone": ("training", steps(0)),
+    }
+    database = {
+        name: {"subset": split, "duration": 241.6, "annotations": rows} for name, (split, rows) in videos.items()
+    }
+    write(root, "youcookii_annotations_trainval.json", json.dumps({"database": database}))
+    touch(root, "videos/GLd3aX16zBg.mkv", "videos/-cooks.mp4")
+    return {
+        "GLd3aX16zBg_0": ("training", {"visual": ["pick the ends off the verdalago"]}),
+        "GLd3aX16zBg_1": ("training", {"visual": ["combine lemon juice and sumac"]}),
+        "-cooks_1": ("validation", {"visual": ["combine lemon juice and sumac"]}),
+    }, {"gone_0"}
+
+
 MINIATURES = [
-    *(audiocaps, clotho, valor32k, vctk, msrvtt, didemo, msvd, activitynet, vatex),
+    *(audiocaps, clotho, valor32k, vctk, msrvtt, didemo, msvd, activitynet, vatex, youcook2),
     *(vggsound, kinetics, esc50, audioset, ucf101, hmdb51),
 ]
 
@@ -719,6 +741,14 @@ def test_a_corpus_of_videos_may_be_kept_as_sound_alone(tmp_path):
     assert clips["--4gqARaEJE"].audio == clips["--4gqARaEJE"].video and clips["--4gqARaEJE"].seconds == 10
 
 
+def test_steps_of_one_video_are_pieces_of_one_file(tmp_path):
+    youcook2(tmp_path)
+    clips = {clip.id: clip for clip in make_manifest("youcook2", tmp_path)[0]}
+    one, two = clips["GLd3aX16zBg_0"], clips["GLd3aX16zBg_1"]
+    assert one.video == two.video == one.audio
+    assert [(clip.start, clip.end, clip.seconds) for clip in (one, two)] == [(90, 102, 12), (102, 114, 12)]
+
+
 def test_kinetics_may_have_a_folder_for_each_label(tmp_path):
     expected, _ = kinetics(tmp_path)
     for split in ("train", "val"):
@@ -752,6 +782,13 @@ def test_kinetics_may_have_a_folder_for_each_label(tmp_path):
         (msvd, "AllVideoDescriptions.txt", "alone\n", "line 1 is not the name of a video and a description: 'alone'"),
         (activitynet, "val_1.json", "[]", "val_1.json: is not an object"),
         (activitynet, "val_1.json", '{"v_a": {"sentences": []}}', "val_1.json: entry 1 has no duration"),
+        (youcook2, "youcookii_annotations_trainval.json", "[]", "trainval.json: is not an object with a .database"),
+        (
+            youcook2,
+            "youcookii_annotations_trainval.json",
+            '{"database": {"a": {"subset": "training", "annotations": [{"segment": [0, 1], "id": 0}]}}}',
+            "trainval.json: entry 1 has no sentence",
+        ),
         (vatex, "vatex_validation_v1.0.json", '["a"]', "validation_v1.0.json: entry 1 has no videoID"),
     ],
 )

@@ -193,6 +193,19 @@ def vatex(root: Path) -> Iterator[Clip]:
             yield _video(row["videoID"], f"videos/{row['videoID']}", split, "visual", row["enCap"])
 
 
+def youcook2(root: Path) -> Iterator[Clip]:
+    path = root / "youcookii_annotations_trainval.json"
+    found = _json(path)
+    if not isinstance(found, dict) or not isinstance(found.get("database"), dict):
+        raise ConfigError(f'{path}: is not an object with a "database" of videos')
+    videos = found["database"]
+    for name, video in zip(videos, _rows(list(videos.values()), path, "subset", "annotations"), strict=True):
+        for row in _rows(video["annotations"], path, "segment", "id", "sentence"):
+            start, end = map(float, row["segment"])
+            clip = _video(f"{name}_{row['id']}", f"videos/{name}", video["subset"], "visual", [row["sentence"].strip()])
+            yield replace(clip, start=start, end=end, seconds=end - start)
+
+
 def vctk(root: Path) -> Iterator[Clip]:
     speakers = sorted(path.name for path in (root / "txt").glob("*") if path.is_dir())
     if not speakers:
@@ -208,7 +221,7 @@ def vctk(root: Path) -> Iterator[Clip]:
 RECIPES: dict[str, Callable[[Path], Iterator[Clip]]] = {
     recipe.__name__: recipe
     for recipe in (
-        *(audiocaps, clotho, valor32k, vctk, msrvtt, didemo, msvd, activitynet, vatex),
+        *(audiocaps, clotho, valor32k, vctk, msrvtt, didemo, msvd, activitynet, vatex, youcook2),
         *(vggsound, kinetics, esc50, audioset, ucf101, hmdb51),
     )
 }
