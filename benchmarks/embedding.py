@@ -56,7 +56,7 @@ def main() -> None:
         items = [read(clip) for clip in plan.clips[:64]]
         batch = writer.collate(items)
         passes = max(options.clips // 64, 1)
-        computing = 64 * passes / seconds_of(lambda: [writer._embed(batch) for _ in range(passes)], CPU)
+        computing = 64 * passes / seconds_of(lambda: [writer.embed(batch) for _ in range(passes)], CPU)
         throughput = writer.write(plan.missing())
     whole = throughput.rows / throughput.seconds
     row = {"whole": whole, "decoding": decoding, "model": computing, "share": whole / min(decoding, computing)}

@@ -231,7 +231,7 @@ class PartWriter:
             batch = next(batches)
             at = np.array([int(row) - first for row in batch["ids"]], np.int64)
             begin = time.perf_counter()
-            for name, values in self._embed(batch).items():
+            for name, values in self.embed(batch).items():
                 has = batch["valid"][name].numpy()
                 broken = has & ~np.isfinite(values).all(1)
                 for place in at[broken]:
@@ -250,7 +250,7 @@ class PartWriter:
         write_part(part_path(self.plan.folder, part), rows, embeds, valid)
 
     @torch.inference_mode()
-    def _embed(self, batch: dict[str, Any]) -> dict[str, np.ndarray]:
+    def embed(self, batch: dict[str, Any]) -> dict[str, np.ndarray]:
         """The embeddings that are kept: name -> (B, D) float32."""
         if not batch["ids"]:
             return {}
