@@ -163,13 +163,13 @@ def test_the_codec_on_ragged_rows(trainable: bool):
 
 
 class Steps:
-    """A training's steps on one fixed batch: embedder, loss, gradients, clipping, AdamW."""
+    """A training's steps on one fixed batch: embedder, loss, gradients, clipping, Muon and AdamW."""
 
     def __init__(self, parallel: ParallelConfig | None, precision: str):
         self.model, self.precision = new_model().to(GPU).train(), precision
         embedder = Embedder(self.model)
         self.embedder = embedder if parallel is None else parallelize(self.model, embedder, parallel, GPU)
-        self.optimizer = build_optimizer(self.model, OptimConfig(lr=1e-3, warmup_steps=0))
+        self.optimizer = build_optimizer(self.model, OptimConfig(lr=1e-3, muon_lr=3e-3, warmup_steps=0))
         batch = random_batch(self.model.config, ROWS)
         texts = {name: batch.pop(name) for name in ("input_ids", "attention_mask")}
         part = {"inputs": batch, "texts": {None: texts}, "rows": None, "size": len(ROWS)}
