@@ -13,7 +13,7 @@ class DemoConfig:
 
     root: str = "data/demo"  # The folder that the files are written to.
     seed: int = 0  # Another seed renders other scenes.
-    train_clips: int = 1472  # More than there are combinations of attributes to train on: each in several renderings.
+    train_clips: int = 2944  # Each of the 1,472 combinations of attributes that are not held out, in two renderings.
     eval_clips: int = 256
     # Evaluate on other clips, held out of the training ones in the same manner: to choose settings by, so that the
     # evaluation clips have no part in the choice.
