@@ -254,7 +254,7 @@ def test_a_disk_without_room_is_seen_before_training(tmp_path: Path, world: list
     *states, model = [sum(file.stat().st_size for file in folder.iterdir()) for folder in folders]
     written = sum(states) + states[0] + 3 * model
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0.95 * written))
-    with pytest.raises(CheckpointError, match="the disk has 0.2 GB left and the checkpoints need 0.2: make room"):
+    with pytest.raises(CheckpointError, match="the disk has 0.1 GB left and the checkpoints need 0.1: make room"):
         run(tmp_path / "no", [*world, "optim.ema=0.5"])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1.05 * written))
     run(tmp_path / "yes", [*world, "optim.ema=0.5"])
