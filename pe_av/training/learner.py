@@ -1,4 +1,4 @@
-"""One optimization step: batches in, embeddings, loss, gradients, AdamW. The page to read first."""
+"""One optimization step: batches in, embeddings, loss, gradients, AdamW and Muon. The page to read first."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
