@@ -2,7 +2,7 @@
 
 AdamW scales every entry of a gradient by itself, so a step mostly follows the few directions in which the gradient of a
 matrix is large. Muon gives all of its directions the same length. On the demo world, the frame encoder learns shapes in
-less than half of AdamW's steps.
+about half of AdamW's steps.
 """
 
 from collections import defaultdict
